@@ -1,0 +1,140 @@
+"""This rank's packs of each global step, from streams that know nothing of ranks or workers.
+
+The global batch has `num_rows` rows. A rank owns the rows rank, rank + world_size, ...; a worker owns an equal share
+of its rank's rows. Who computes a row changes nothing about it, so a run can stop on 8 ranks with 4 workers each and
+go on with 2 and none, packs equal to the token. Underneath is torch's DataLoader, which gives one item of each worker
+in turn. Workers ignore the signals that stop a job: the trainer must be able to write its last checkpoint.
+
+Cost (run, documents of 165 and 71 tokens in equal number, files in the page cache): 7,500 documents/s or 0.9 million
+tokens/s with 0 workers on one core.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipeline.packing import Pack
+from data_pipeline.stream import OpenSource, RowStream, Source, open_sources
+from data_pipeline.vocab import Vocab
+
+DataState = dict[int, dict[str, Any]]  # row -> state after the packs consumed
+Item = tuple[int, Pack, dict[str, Any]]  # row, pack, state after it
+
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Loader:
+    """Endless iterable over steps: (this rank's packs, rows ascending; the state after them by row).
+
+    `state` continues a run: it must hold this rank's rows, and may hold all rows or come from JSON (string keys).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        vocab: Vocab,
+        *,
+        pack_tokens: int,
+        num_rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        state: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """ValueError where the numbers do not divide, a source cannot be used, or `state` belongs to another run."""
+        _check_divides("world_size", world_size, "num_rows", num_rows)
+        if num_workers:
+            _check_divides("num_workers", num_workers, "num_rows / world_size", num_rows // world_size)
+        assert 0 <= rank < world_size, (rank, world_size)
+        if pack_tokens < 1 or seed < 0:
+            raise ValueError(f"pack_tokens={pack_tokens} must be at least 1 and seed={seed} at least 0")
+        self.rows = list(range(rank, num_rows, world_size))
+        self.num_workers = num_workers
+        states = {int(row): row_state for row, row_state in (state or {}).items()}
+        if states and not set(self.rows) <= set(states) <= set(range(num_rows)):
+            raise ValueError(
+                f"the data state holds rows {sorted(states)}, this rank of a run with num_rows={num_rows} needs "
+                f"{self.rows}; num_rows cannot change within a run"
+            )
+        stream_arguments = {"num_rows": num_rows, "pack_tokens": pack_tokens, "seed": seed}
+        self._rows = _Rows(open_sources(sources, vocab), vocab, self.rows, states, stream_arguments)
+        self._rows.streams(self.rows[:1])  # a state that does not fit is an error here, not in a worker later
+
+    def __iter__(self) -> Iterator[tuple[list[Pack], DataState]]:
+        items = self._worker_items() if self.num_workers else iter(self._rows)
+        while True:
+            step = sorted(_checked(next(items)) for _ in self.rows)
+            yield [pack for _, pack, _ in step], {row: row_state for row, _, row_state in step}
+
+    def _worker_items(self) -> Iterator[Item | Exception]:
+        loader = DataLoader(
+            self._rows, batch_size=None, num_workers=self.num_workers, worker_init_fn=ignore_stop_signals
+        )
+        # At exit the workers must be told to stop: multiprocessing would send them the SIGTERM that they ignore, and
+        # wait for ever (run). Dropping the iterator is not enough, as the traceback of an error keeps it alive.
+        items = iter(loader)
+        stop = items._shutdown_workers  # type: ignore[attr-defined]  # torch has no public name; twice is harmless
+        atexit.register(stop)
+        try:
+            yield from items
+        finally:
+            atexit.unregister(stop)
+            stop()
+
+
+class _Rows(IterableDataset):
+    """The items of some rows, one of each row in turn. In a worker: of the worker's share of them."""
+
+    def __init__(
+        self,
+        opened: list[OpenSource],
+        vocab: Vocab,
+        rows: list[int],
+        states: Mapping[int, Mapping[str, Any]],
+        stream_arguments: dict[str, int],
+    ) -> None:
+        self.opened, self.vocab, self.rows, self.states = opened, vocab, rows, states
+        self.stream_arguments = stream_arguments
+
+    def streams(self, rows: Sequence[int]) -> list[RowStream]:
+        return [
+            RowStream(self.opened, self.vocab, row=row, state=self.states.get(row), **self.stream_arguments)
+            for row in rows
+        ]
+
+    def __iter__(self) -> Iterator[Item | Exception]:
+        worker = get_worker_info()
+        rows = self.rows if worker is None else self.rows[worker.id :: worker.num_workers]
+        try:
+            streams = self.streams(rows)
+            while True:
+                for row, stream in zip(rows, streams, strict=True):
+                    yield (row, *next(stream))
+        except (ValueError, OSError) as error:
+            yield error  # torch would bury the sentence in a worker's stack trace
+
+
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """For worker processes: the trainer decides when to stop, and still needs data until then."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _checked(item: Item | Exception) -> Item:
+    if isinstance(item, Exception):
+        raise item
+    return item
+
+
+def _check_divides(name: str, value: int, total_name: str, total: int) -> None:
+    if total < 1:
+        raise ValueError(f"{total_name}={total} must be at least 1")
+    if value < 1 or total % value:
+        working = [str(number) for number in range(1, total + 1) if total % number == 0]
+        raise ValueError(f"{name}={value} does not divide {total_name}={total}; use {' or '.join(working)}")

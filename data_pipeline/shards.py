@@ -1,0 +1,405 @@
+"""Shards: plain webdataset tars with an index beside each and a manifest for the folder.
+
+    shard-000000.tar        documents, the members of one adjacent; the same documents give the same bytes
+    shard-000000.tar.idx    uint64 little-endian: the offset of each sample, then the end of the last (the layout of
+                            Megatron-Energon, so that its tools read our shards)
+    manifest.json           shards with samples, bytes and checksum; the fingerprint of the tokenizer behind the codes
+
+webdataset writes; we read by index, because an exact resume needs random access and webdataset has no state. The
+manifest is written last and taken away first: a folder with a manifest is whole, any other is not trusted.
+Reading never extracts to disk, and a link or device inside a tar is refused.
+
+Cost (run, files in the page cache, 8x8 codes): Split.read 32 us for 24 texts, 25 us for one; write 0.15 to 0.4 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from data_pipeline.schema import Document, Rejected
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SHARD_NAME = "shard-{:06d}.tar"
+SHARD_PATTERN = re.compile(r"shard-\d{6}\.tar(\.idx)?(\.tmp)?")
+BLOCK = 512  # bytes; a tar consists of such blocks
+NUM_OPEN_SHARDS = 64  # file handles a split keeps in one process
+READ_RETRY_SECONDS = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds. `image_tokenizer` is None where no codes have been made."""
+
+    shards: list[ShardInfo]
+    image_tokenizer: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Manifest:
+        """FileNotFoundError where the folder has no manifest, ValueError where it cannot be understood."""
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {MANIFEST_NAME}, so it is no finished folder of shards; make it with "
+                "`uvlm data convert` or `uvlm data tokenize` (an interrupted run is simply started again)"
+            )
+        try:
+            record = json.loads(path.read_bytes())
+            version, image_tokenizer = record["format_version"], record["image_tokenizer"]
+            shards = [ShardInfo(**shard) for shard in record["shards"]]
+            valid = all(_is_valid(shard) for shard in shards) and isinstance(image_tokenizer, str | None)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); make the folder again") from None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; convert again")
+        if not valid:
+            raise ValueError(f"{path} holds an entry of the wrong type; make the folder again")
+        return cls(shards, image_tokenizer)
+
+
+def _is_valid(shard: ShardInfo) -> bool:
+    counts = (shard.samples, shard.bytes)
+    return (
+        isinstance(shard.name, str)
+        and Path(shard.name).name == shard.name  # a manifest must not point outside its folder
+        and all(type(count) is int and count > 0 for count in counts)
+        and isinstance(shard.sha256, str)
+    )
+
+
+def write_manifest(folder: Path, shards: list[ShardInfo], image_tokenizer: str | None) -> Manifest:
+    """Writes the manifest, after which the folder counts as finished."""
+    manifest = Manifest(list(shards), image_tokenizer)
+    record: dict[str, Any] = dataclasses.asdict(manifest)
+    record.update(samples=manifest.samples, bytes=manifest.bytes)
+    _replace(Path(folder) / MANIFEST_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    return manifest
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".idx")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+class _HashingFile:
+    """The checksum is made while writing, so that a shard is not read a second time."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.num_bytes, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+        return self.file.write(content)
+
+
+class _OpenShard:
+    """One shard in the making, under a temporary name until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        from webdataset.writer import TarWriter  # imports torch, which reading does without
+
+        self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.file = self.temporary.open("wb")
+        self.hashing = _HashingFile(self.file)
+        self.tar = TarWriter(self.hashing, encoder=False, compress=False, mtime=0, user="uvlm", group="uvlm")
+        self.offsets: list[int] = []
+        self.keys: set[str] = set()
+
+    def add(self, document: Document) -> None:
+        members = document.to_members()
+        checked = Document.from_members(document.key, members)
+        if isinstance(checked, Rejected):
+            raise ValueError(f"document {document.key!r} cannot be written to {self.path}: {checked.reason}")
+        if document.key in self.keys:
+            raise ValueError(f"two documents of {self.path} have the key {document.key!r}; give each its own")
+        self.keys.add(document.key)
+        self.offsets.append(self.tar.tarstream.offset)
+        self.tar.write({"__key__": document.key, **members})
+
+    def close(self) -> ShardInfo:
+        self.offsets.append(self.tar.tarstream.offset)
+        self.tar.close()
+        self.file.close()
+        self.temporary.replace(self.path)
+        _replace(index_path(self.path), np.array(self.offsets, dtype="<u8").tobytes())
+        return ShardInfo(self.path.name, len(self.keys), self.hashing.num_bytes, self.hashing.sha256.hexdigest())
+
+    def abort(self) -> None:
+        self.temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may be full, and the first error is the one to tell
+            self.tar.close()
+            self.file.close()
+
+
+def write_shard(path: Path, documents: Iterable[Document]) -> ShardInfo:
+    """Writes one shard and its index; nothing of that name is left or changed where it fails.
+
+    ValueError for a document that could not be read back, for a repeated key and for no documents at all.
+    """
+    shard = _OpenShard(path)
+    try:
+        for document in documents:
+            shard.add(document)
+        if not shard.keys:
+            raise ValueError(f"{path} would hold no documents")
+        return shard.close()
+    except BaseException:
+        shard.abort()
+        raise
+
+
+class ShardWriter:
+    """Writes documents to numbered shards; index and manifest at the end of the `with` block.
+
+    An exception inside the block leaves no manifest, so the folder stays unfinished. Shards that an earlier,
+    interrupted run left are overwritten, and what is left over of them is removed at the end.
+    """
+
+    def __init__(self, folder: Path | str, samples_per_shard: int = 1000, image_tokenizer: str | None = None) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
+        self.folder, self.samples_per_shard, self.image_tokenizer = Path(folder), samples_per_shard, image_tokenizer
+        self.shards: list[ShardInfo] = []
+        self._open: _OpenShard | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        return self
+
+    def write(self, document: Document) -> None:
+        """ValueError for a document that could not be read back."""
+        if self._open is None:
+            self._open = _OpenShard(self.folder / SHARD_NAME.format(len(self.shards)))
+        self._open.add(document)
+        if len(self._open.keys) == self.samples_per_shard:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        assert self._open is not None
+        self.shards.append(self._open.close())
+        self._open = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            if self._open is not None:
+                self._open.abort()
+            return
+        if self._open is not None:
+            self._close_shard()
+        names = {shard.name for shard in self.shards}
+        for path in self.folder.iterdir():
+            if SHARD_PATTERN.fullmatch(path.name) and path.name.removesuffix(".idx") not in names:
+                path.unlink()
+        write_manifest(self.folder, self.shards, self.image_tokenizer)
+
+
+def _load_index(path: Path, info: ShardInfo) -> np.ndarray:
+    """Offsets, int64 [samples + 1]; ValueError where they cannot belong to the shard."""
+    offsets = np.fromfile(index_path(path), dtype="<u8").astype(np.int64)
+    if len(offsets) != info.samples + 1 or offsets[-1] > info.bytes or offsets[0] < 0 or (np.diff(offsets) <= 0).any():
+        raise ValueError(f"index {index_path(path)} does not fit its shard; make the folder again")
+    return offsets
+
+
+def check_shard(folder: Path, info: ShardInfo, *, checksum: bool = False) -> str | None:
+    """What is wrong with a shard in one sentence, or None. `checksum=True` reads the whole file."""
+    path = Path(folder) / info.name
+    for needed in (path, index_path(path)):
+        if not needed.is_file():
+            return f"{needed} is missing"
+    if path.stat().st_size != info.bytes:
+        return f"{path} has {path.stat().st_size} bytes, its manifest says {info.bytes}"
+    try:
+        _load_index(path, info)
+    except ValueError as error:
+        return str(error)
+    if checksum:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                return f"{path} does not have the checksum of its manifest"
+    return None
+
+
+class Split:
+    """A finished folder of shards, read by global sample index. Works after a fork and after pickling."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._files: OrderedDict[int, tuple[IO[bytes], np.ndarray]] = OrderedDict()
+        self.folder, self.manifest = folder, manifest
+        self.shard_sizes: list[int] = [shard.samples for shard in manifest.shards]
+        self._ends = np.cumsum(self.shard_sizes, dtype=np.int64)
+
+    @classmethod
+    def open(cls, folder: Path | str, image_tokenizer: str | None = None) -> Split:
+        """Reads the manifest and checks that every shard is there with the size it should have.
+
+        FileNotFoundError or ValueError names what is missing or wrong. Where `image_tokenizer` is given, codes of any
+        other tokenizer are refused.
+        """
+        manifest = Manifest.load(folder := Path(folder))
+        if image_tokenizer is not None and manifest.image_tokenizer != image_tokenizer:
+            found = f"codes of image tokenizer {manifest.image_tokenizer}" if manifest.image_tokenizer else "no codes"
+            raise ValueError(
+                f"{folder} holds {found}, but {image_tokenizer} is wanted; make them with `uvlm data tokenize`"
+            )
+        for info in manifest.shards:
+            path = folder / info.name
+            for needed, size in ((path, info.bytes), (index_path(path), 8 * (info.samples + 1))):
+                if not needed.is_file():
+                    raise FileNotFoundError(f"{needed} is missing; copy the folder again or make it again")
+                if needed.stat().st_size != size:
+                    raise ValueError(
+                        f"{needed} has {needed.stat().st_size} bytes and should have {size}; make the folder again"
+                    )
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], state["manifest"])  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        for file, _ in self._files.values():
+            file.close()
+
+    def read(self, sample: int) -> Document | Rejected:
+        """Reads a document. I/O errors are tried again, then raised; bad content comes back as Rejected."""
+        assert 0 <= sample < len(self), f"sample {sample} of {len(self)}"
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        within = sample - int(self._ends[shard]) + self.shard_sizes[shard]
+        for seconds in READ_RETRY_SECONDS:
+            try:
+                content = self._read_bytes(shard, within)
+                break
+            except OSError:
+                if shard in self._files:  # a stale handle of a network file system is opened anew
+                    self._files.pop(shard)[0].close()
+                time.sleep(seconds)
+        else:
+            content = self._read_bytes(shard, within)
+        return _document(f"{self.manifest.shards[shard].name}[{within}]", content)
+
+    def _read_bytes(self, shard: int, within: int) -> bytes:
+        if shard not in self._files:
+            info = self.manifest.shards[shard]
+            path = self.folder / info.name
+            offsets = _load_index(path, info)
+            self._files[shard] = (path.open("rb", buffering=0), offsets)
+            if len(self._files) > NUM_OPEN_SHARDS:
+                self._files.popitem(last=False)[1][0].close()
+        else:
+            self._files.move_to_end(shard)
+        file, offsets = self._files[shard]
+        start, end = offsets[within : within + 2].tolist()
+        content = os.pread(file.fileno(), end - start, start)  # keeps no position, so forked workers may share it
+        if len(content) != end - start:
+            raise OSError(f"{file.name} ended at byte {start + len(content)}; it should reach {end}")
+        return content
+
+
+def _document(place: str, content: bytes) -> Document | Rejected:
+    """A document from the tar bytes of one sample; `place` names it where it has no key."""
+    members = _plain_members(content)
+    if members is None:
+        try:
+            members = _any_members(content)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            return Rejected(place, f"tar cannot be read: {error}")
+    by_suffix: dict[str, bytes] = {}
+    keys: set[str] = set()
+    for name, data in members:
+        folder, slash, base = name.rpartition("/")
+        key, _, suffix = base.partition(".")
+        keys.add(folder + slash + key)
+        if suffix in by_suffix:
+            return Rejected(place, f"a member comes twice: {name}")
+        by_suffix[suffix] = data
+    if len(keys) != 1:
+        return Rejected(place, "sample holds no member or members of several keys")
+    return Document.from_members(keys.pop(), by_suffix)
+
+
+def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
+    """(name, data) of ordinary files with short names, five times as fast as tarfile; None if there is anything else
+    or any doubt, and tarfile decides."""
+    members = []
+    position = 0
+    while position < len(content):
+        header = content[position : position + BLOCK]
+        checksum = sum(header) - sum(header[148:156]) + 8 * 32 if len(header) == BLOCK else -1
+        try:
+            size = int(header[124:136].rstrip(b" \0"), 8)
+            is_intact = checksum == int(header[148:156].rstrip(b" \0"), 8)
+            name = header[:100].rstrip(b"\0").decode("utf-8")
+        except ValueError:
+            return None
+        is_plain = header[156:157] == b"0" and header[257:262] == b"ustar" and header[345:346] == b"\0"
+        start = position + BLOCK
+        if not (is_intact and is_plain) or size < 0 or start + size > len(content):
+            return None
+        members.append((name, content[start : start + size]))
+        position = start + -(-size // BLOCK) * BLOCK
+    return members
+
+
+def _any_members(content: bytes) -> list[tuple[str, bytes]]:
+    members = []
+    last_offset = -1
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            if not member.isreg() or member.issparse():
+                raise ValueError(f"{member.name!r} is not an ordinary file")
+            if member.size < 0 or member.offset <= last_offset:  # a forged size can send tarfile round in a circle
+                raise ValueError(f"{member.name!r} has an impossible size")
+            last_offset = member.offset
+            file = tar.extractfile(member)
+            assert file is not None
+            members.append((member.name, file.read()))
+    return members

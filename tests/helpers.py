@@ -1,0 +1,65 @@
+"""Small packs and models for tests; no data on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from data_pipeline.encode import Encoded
+from data_pipeline.packing import Pack, make_pack
+from data_pipeline.schema import TASKS
+from uvlm.model import ModelConfig, UnifiedVLM, build_backbone
+
+VOCAB_SIZE = 97
+
+
+def document(task: str, num_before: int, num_codes: int, num_after: int, seed: int = 0) -> Encoded:
+    """A document of random ids: some text, an image of `num_codes` codes in one row (none for 0), some text.
+
+    The image is a target in task "generate" and an input elsewhere; the other part carries the loss.
+    """
+    length = num_before + num_codes + num_after
+    ids = np.random.default_rng([seed, length]).integers(0, VOCAB_SIZE, length)
+    is_target = task == "generate"
+    first = num_before if is_target and num_codes else num_before + num_codes
+    last = num_before + num_codes if is_target else length
+    labels = np.full(length, -100)
+    labels[first - 1 : last - 1] = ids[first:last]
+    num_images = 1 if num_codes else 0
+    return Encoded(
+        ids=ids,
+        labels=labels,
+        segment=np.zeros(length, dtype=np.uint8),
+        task=TASKS.index(task),
+        source="test",
+        doc_id=f"{task}-{seed}",
+        image_start=np.full(num_images, num_before),
+        image_hw=np.array([[1, num_codes]] * num_images, dtype=np.int64).reshape(-1, 2),
+        image_is_target=np.array([is_target] * num_images, dtype=bool),
+    )
+
+
+def mixed_pack(num_tokens: int = 128, name: tuple[int, int] = (0, 0)) -> Pack:
+    """An understanding, a generating and a text document, and an unused tail."""
+    documents = [
+        document("understand", 3, 16, 9, seed=1),
+        document("generate", 5, 25, 1, seed=2),
+        document("text", 4, 0, 20, seed=3),
+    ]
+    return make_pack(documents, num_tokens, 0, name)
+
+
+def tiny_model(family: str = "qwen3", num_layers: int = 4, tie_embeddings: bool = False) -> UnifiedVLM:
+    """A few thousand weights, the same at every call."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        family=family,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        tie_embeddings=tie_embeddings,
+    )
+    return UnifiedVLM(build_backbone(config, VOCAB_SIZE))

@@ -1,0 +1,79 @@
+"""Ids, labels and segments are those of the layout in encode's docstring."""
+
+import numpy as np
+
+from data_pipeline.encode import IGNORED, SEGMENTS, Encoded, encode
+from data_pipeline.schema import TASKS, Document, Rejected
+from tests.test_schema import make_document
+from tests.test_vocab import VOCAB
+
+Q, A = VOCAB.encode_text("what color?"), VOCAB.encode_text(" blue")
+CODE_IDS = [VOCAB.first_code + code for code in range(4)]
+IMAGE = [VOCAB.image_start, *CODE_IDS, VOCAB.image_end]
+
+
+def encoded(document: Document) -> Encoded:
+    result = encode(document, VOCAB)
+    assert isinstance(result, Encoded), result
+    return result
+
+
+def supervised(result: Encoded) -> list[int]:
+    """The ids that carry loss, in order."""
+    positions = np.flatnonzero(result.labels != IGNORED)
+    np.testing.assert_array_equal(result.labels[positions], result.ids[positions + 1])
+    return result.ids[positions + 1].tolist()
+
+
+def test_understanding_supervises_the_answers_and_their_ends() -> None:
+    texts = (None, "what color?", " blue", "what color?", " blue")
+    result = encoded(make_document(texts=texts, loss=(False, False, True, False, True)))
+    assert result.ids.tolist() == [VOCAB.bos, *IMAGE, *Q, *A, VOCAB.end, *Q, *A, VOCAB.end, VOCAB.eos]
+    assert supervised(result) == [*A, VOCAB.end] * 2
+    names = [SEGMENTS[i] for i in result.segment]
+    answer = ["instruction"] * len(Q) + ["output"] * (len(A) + 1)
+    assert names == ["system", *["image"] * 6, *answer, *answer, "system"]
+    assert (TASKS[result.task], result.source, result.doc_id) == ("understand", "made", "0")
+    assert result.image_start.tolist() == [2]
+    assert result.image_hw.tolist() == [[2, 2]]
+    assert result.image_is_target.tolist() == [False]
+
+
+def test_generation_supervises_the_image_with_its_markers() -> None:
+    result = encoded(make_document(texts=("what color?", None), task="generate", loss=(False, True)))
+    assert result.ids.tolist() == [VOCAB.bos, *Q, *IMAGE, VOCAB.eos]
+    assert supervised(result) == IMAGE
+    assert result.image_is_target.tolist() == [True]
+    start = int(result.image_start[0])
+    assert result.ids[start : start + 4].tolist() == CODE_IDS
+
+
+def test_the_first_slot_can_carry_loss_and_the_eos_never_does() -> None:
+    result = encoded(make_document(texts=(" blue",), task="text", loss=(True,)))
+    assert supervised(result) == [*A, VOCAB.end]
+    assert result.labels[-1] == IGNORED
+
+
+def test_without_loss_nothing_is_supervised() -> None:
+    result = encoded(make_document(loss=(False, False, False)))
+    assert supervised(result) == []
+
+
+def test_an_empty_text_is_an_empty_slot() -> None:
+    result = encoded(make_document(texts=("", ""), task="text", loss=(False, True)))
+    assert result.ids.tolist() == [VOCAB.bos, VOCAB.end, VOCAB.eos]
+    assert supervised(result) == [VOCAB.end]
+
+
+def test_shapes_and_dtypes_hold_without_images() -> None:
+    result = encoded(make_document(texts=("a",), task="text", loss=(True,)))
+    assert (result.image_start.shape, result.image_hw.shape, result.image_is_target.shape) == ((0,), (0, 2), (0,))
+    dtypes = [array.dtype for array in (result.ids, result.labels, result.segment, result.image_hw)]
+    assert dtypes == [np.int64, np.int64, np.uint8, np.int64]
+
+
+def test_an_image_without_codes_or_with_foreign_codes_is_rejected() -> None:
+    for codes, words in (({}, "uvlm data tokenize"), ({"0.npy": np.array([[16]], np.uint16)}, "code out of range")):
+        result = encode(make_document(codes=codes), VOCAB)
+        assert isinstance(result, Rejected)
+        assert words in result.reason

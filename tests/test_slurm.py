@@ -1,0 +1,191 @@
+"""`slurm/train.sbatch` on a real Slurm: two nodes, started on this machine by `slurm_cluster.sh`.
+
+The trained program is exchanged by the same means that a user has: the cluster's `env.sh`, here one that puts
+a small `uvlm` first on the PATH. It really joins a gloo process group over both nodes. About 30 s in all
+on two cores, nearly all of it the import of torch.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
+CLUSTER = TESTS / "slurm_cluster.sh"
+
+# Each rank adds 1 over the whole job, then writes down what it was given.
+RANK_PROGRAM = f"""#!{sys.executable}
+import json, os, sys
+import torch
+import torch.distributed as dist
+
+if "fail-on-second-node" in sys.argv and os.environ["SLURM_NODEID"] == "1":
+    sys.exit(3)
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+keys = ("SLURMD_NODENAME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCH_EXTENSIONS_DIR")
+seen = dict(argv=sys.argv[1:], total=int(total.item()), **{{key: os.environ[key] for key in keys}})
+with open(os.path.join(os.environ["REPORT_FOLDER"], "rank" + os.environ["RANK"] + ".json"), "w") as file:
+    json.dump(seen, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+class Job(NamedTuple):
+    """A finished job: its exit status, its output, and one report per rank."""
+
+    status: int
+    output: str
+    reports: list[dict]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now; all sockets are open at once, so they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The slurm.conf of two idle nodes."""
+    for program in ("slurmctld", "slurmd", "munge"):
+        if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is None:
+            pytest.skip(f"no {program} here; on Debian: apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm with two nodes can be started by root only")
+    folder = tmp_path_factory.mktemp("cluster")
+    ports = [str(port) for port in free_ports(3)]
+    try:
+        subprocess.run(["bash", CLUSTER, "start", folder, *ports], check=True, timeout=60)
+        yield folder / "slurm.conf"
+    finally:
+        subprocess.run(["bash", CLUSTER, "stop", folder], check=True, timeout=30)
+
+
+def submit(conf: Path, folder: Path, arguments: list[str], options: tuple[str, ...] = ("--nodes=2",)) -> Job:
+    """Submits train.sbatch from the folder as a user would, and waits until the job has ended."""
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "uvlm"
+    program.write_text(RANK_PROGRAM)
+    program.chmod(0o755)
+    (folder / "slurm").mkdir()
+    shutil.copy(REPOSITORY / "slurm" / "env.sh", folder / "slurm")
+    with (folder / "slurm" / "env.sh").open("a") as file:
+        file.write(f"export PATH='{folder}/bin:{Path(sys.executable).parent}':$PATH UVLM_LOCAL_DISK='{folder}/local'\n")
+    (folder / "local").mkdir()
+    # gloo looks up this machine's name, which need not resolve
+    environment = os.environ | {"SLURM_CONF": str(conf), "REPORT_FOLDER": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
+    script = str(REPOSITORY / "slurm" / "train.sbatch")
+    command = ["sbatch", "--parsable", "--output=out", *options, script, *arguments]
+    job = subprocess.check_output(command, cwd=folder, env=environment, timeout=30, text=True).strip()
+    waiting = ["bash", str(CLUSTER), "wait", str(conf.parent), job]
+    status = int(subprocess.check_output(waiting, timeout=120))
+    out = folder / "out"
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+    return Job(status, out.read_text() if out.exists() else "", reports)
+
+
+UGLY_ARGUMENTS = [
+    "my config.yaml",
+    "name=a b  c",
+    "text='it''s' \"quoted\"",
+    "x=1; touch split && exit",
+    "y=$(touch ran)`touch ran`",
+    "glob=*",
+    "back\\slash",
+    "",
+    "--dash",
+    "ünïcode",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    """One job over two nodes that went well, and the folder it was submitted from."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = submit(cluster, folder, UGLY_ARGUMENTS)
+    assert job.status == 0, job.output
+    return job, folder
+
+
+def test_two_nodes_train_as_one_world(finished: tuple[Job, Path]) -> None:
+    job, _ = finished
+    assert [report["total"] for report in job.reports] == [2, 2], job.output
+    assert [report["WORLD_SIZE"] for report in job.reports] == ["2", "2"]
+    assert [report["SLURMD_NODENAME"] for report in job.reports] == ["n1", "n2"]
+
+
+def test_arguments_reach_every_rank_unchanged_and_nothing_in_them_runs(finished: tuple[Job, Path]) -> None:
+    job, folder = finished
+    assert [report["argv"] for report in job.reports] == [["train", *UGLY_ARGUMENTS]] * 2
+    assert not (folder / "ran").exists()
+    assert not (folder / "split").exists()
+
+
+def test_compiled_kernels_go_to_a_folder_of_the_node_that_is_removed_at_the_end(finished: tuple[Job, Path]) -> None:
+    job, folder = finished
+    caches = [Path(report["TORCH_EXTENSIONS_DIR"]).parent for report in job.reports]
+    assert len(set(caches)) == 2
+    assert all(cache.parent == folder / "local" for cache in caches)
+    assert not any(cache.exists() for cache in caches)
+
+
+def test_every_gpu_of_a_node_gets_a_process(cluster: Path, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, ["config.yaml"], ("--nodes=2", "--gpus-per-node=2"))
+    assert job.status == 0, job.output
+    places = [(report["SLURMD_NODENAME"], report["LOCAL_RANK"]) for report in job.reports]
+    assert places == [("n1", "0"), ("n1", "1"), ("n2", "0"), ("n2", "1")]
+    assert [report["total"] for report in job.reports] == [4, 4, 4, 4]
+
+
+def test_a_port_that_somebody_else_holds_is_passed_over(cluster: Path, tmp_path: Path) -> None:
+    taken = range(10000, 10040)  # where all jobs of this small cluster would meet
+    with contextlib.ExitStack() as stack:
+        for port in taken:
+            listener = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # held by yet somebody else, which serves as well
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier run's port may linger
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+        job = submit(cluster, tmp_path, ["config.yaml"])
+    assert job.status == 0, job.output
+    assert {int(report["MASTER_PORT"]) for report in job.reports}.isdisjoint(taken)
+
+
+def test_one_failing_node_ends_the_job_everywhere(cluster: Path, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, ["config.yaml", "fail-on-second-node"])
+    assert job.status != 0
+    assert "exitcode  : 3" in job.output  # the second node's own failure is what the log shows
+    assert job.reports == []  # the first node, alone in the rendezvous, would wait there for half an hour
+
+
+def test_a_job_without_config_is_refused_with_the_command_to_type(cluster: Path, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, [])
+    assert job.status == 2
+    assert "sbatch --nodes=N slurm/train.sbatch CONFIG" in job.output
+
+
+def test_a_missing_env_file_is_named(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UVLM_ENV", str(tmp_path / "nowhere.sh"))
+    job = submit(cluster, tmp_path, ["config.yaml"])
+    assert job.status == 2
+    assert str(tmp_path / "nowhere.sh") in job.output

@@ -1,0 +1,56 @@
+"""What can be known before a run starts: refused here in one sentence, not by sixty-four ranks in an hour."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from data_pipeline.shards import Split
+from data_pipeline.vocab import Vocab
+from uvlm.config import Config
+from uvlm.engine import compiler_missing, read_deepspeed_json, resolve
+from uvlm.model import build_backbone
+
+# Weights in training dtype, and in fp32 the master copy and two Adam moments.
+_CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise ValueError with a remedy where the run cannot work: ranks, DeepSpeed JSON, compiler, data, disk."""
+    if config.data.num_rows % world_size:
+        below = config.data.num_rows // world_size * world_size
+        sizes = [size for size in (below, below + world_size) if size]
+        raise ValueError(
+            f"data.num_rows={config.data.num_rows} does not divide over {world_size} ranks; "
+            f"use {' or '.join(map(str, sizes))}"
+        )
+    resolve(read_deepspeed_json(config.deepspeed), config, world_size)
+    if sentence := compiler_missing():
+        raise ValueError(sentence)
+    vocab = Vocab.load(config.data.tokenizer)
+    for source in [*config.data.train, *config.data.valid]:
+        Split.open(source.path, image_tokenizer=vocab.image_tokenizer)
+    _check_disk(config, vocab.size)
+
+
+def _check_disk(config: Config, vocab_size: int) -> None:
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in build_backbone(config.model, vocab_size).parameters())
+    # One more than are kept, since the new one is complete before the oldest goes; and the exported model.
+    needed = num_parameters * (_CHECKPOINT_BYTES[config.dtype] * (config.checkpoint.keep + 1) + 4)
+    require_disk(config.run, needed, "checkpoints", "or lower checkpoint.keep")
+
+
+def require_disk(folder: Path, num_bytes: int, purpose: str, alternative: str) -> None:
+    """Raise ValueError where the file system of `folder` (which need not exist yet) lacks `num_bytes` for `purpose`."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{folder} needs {num_bytes / 1e6:,.0f} MB for {purpose} and its disk has {free / 1e6:,.0f} MB free; "
+            f"free some space, choose another folder, {alternative}"
+        )

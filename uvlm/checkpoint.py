@@ -1,0 +1,116 @@
+"""Checkpoints: engine state, data state of what was *consumed*, and what the run must agree with.
+
+A checkpoint is written into a folder with a temporary name by all ranks. Rank 0 adds `state.json`, whose presence marks
+it complete, and renames the folder; so a half-written one is never taken for the latest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from data_pipeline.loader import DataState
+from uvlm.config import Config
+from uvlm.engine import Engine
+
+FORMAT_VERSION = 1
+MARKER = "state.json"
+# What a run may not change under its own checkpoints; everything else (steps, rates, logging) may.
+_FIXED = ("seed", "dtype", "model", "data.pack_tokens", "data.num_rows")
+
+
+class Position(NamedTuple):
+    """Where a run stands: steps done and the state of each row after them."""
+
+    step: int
+    data_state: DataState | None
+
+
+def save(engine: Engine, run: Path, step: int, data_state: DataState, config: Config, vocab: str) -> None:
+    """Write checkpoints/step_* and drop those beyond `checkpoint.keep`. All ranks call it at the same step.
+
+    Args:
+        data_state: state by row of this rank's rows, after the packs of step `step - 1`.
+        vocab: fingerprint of the vocabulary, which a resumed run must share.
+    """
+    folder = run / "checkpoints"
+    name = f"step_{step:08d}"
+    partial = f".partial_{name}"
+    if dist.get_rank() == 0:
+        for leftover in folder.glob(".partial_*"):
+            shutil.rmtree(leftover)
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    engine.save(folder, partial)
+    states: list[DataState] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(states, data_state)  # returns after every rank has written its part
+    if dist.get_rank() == 0:
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "fixed": _fixed(config, vocab),
+            "rows": {str(row): state for part in states for row, state in part.items()},
+        }
+        temporary = folder / partial / f"{MARKER}.tmp"
+        temporary.write_text(json.dumps(state))
+        temporary.replace(folder / partial / MARKER)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / partial).replace(folder / name)
+        for old in complete(run)[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def complete(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(marker.parent for marker in (run / "checkpoints").glob(f"step_*/{MARKER}"))
+
+
+def load_latest(engine: Engine, run: Path, config: Config, vocab: str) -> Position:
+    """Bring the engine to the newest complete checkpoint, or stay at the start where there is none.
+
+    Raises:
+        ValueError: the checkpoint belongs to another configuration, world size or format; it says what to do.
+    """
+    found = complete(run)
+    if not found:
+        return Position(0, None)
+    newest = found[-1]
+    state: dict[str, Any] = json.loads((newest / MARKER).read_text())
+    _check(state, newest, _fixed(config, vocab))
+    engine.load(newest.parent, newest.name)
+    return Position(state["step"], {int(row): value for row, value in state["rows"].items()})
+
+
+def _check(state: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> None:
+    if state["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{folder} was written by a newer uvlm (format {state['format_version']}); update uvlm")
+    for key, value in fixed.items():
+        if state["fixed"].get(key) != value:
+            raise ValueError(
+                f"{folder} was written with {key}={state['fixed'].get(key)!r}, this config has {value!r}; "
+                "set it back, or start a new run folder"
+            )
+    if state["world_size"] != dist.get_world_size():
+        raise ValueError(
+            f"{folder} was written by {state['world_size']} ranks and this start has {dist.get_world_size()}; "
+            f"start it again with {state['world_size']} ranks"
+        )
+
+
+def _fixed(config: Config, vocab: str) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    sources = [[source.source().name, source.weight] for source in config.data.train]
+    values: dict[str, Any] = {"vocabulary": vocab, "data.train (name, weight)": sources}
+    for key in _FIXED:
+        value = tree
+        for part in key.split("."):
+            value = value[part]
+        values[key] = value
+    return values

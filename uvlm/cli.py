@@ -1,0 +1,180 @@
+"""The command line. Each command imports what it needs when it runs, so `uvlm --help` costs a few tenths of a second.
+
+What the user can mend is one sentence on standard error and exit code 1; UVLM_TRACEBACK=1 shows where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
+tokenizer = typer.Typer(no_args_is_help=True, help="Make the tokenizers of a run.")
+app.add_typer(data, name="data")
+app.add_typer(tokenizer, name="tokenizer")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="config keys to set, such as optim.steps=100")
+]
+Run = Annotated[Path, typer.Argument(help="run folder")]
+
+
+@app.callback()
+def root() -> None:
+    """Train one transformer that understands images and generates them, with DeepSpeed, on Slurm clusters."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder of the demo; run again to go on")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Data to picture on this machine: real images, two ranks, ZeRO-3, about ten minutes. Nothing to configure."""
+    from uvlm.demo.stages import run_demo
+
+    run_demo(out, overrides or [])
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")], overrides: Overrides = None) -> None:
+    """Train, or go on from the newest checkpoint. Under torchrun or srun this is one rank; alone, one process."""
+    from uvlm.config import load_config
+    from uvlm.distributed import prepare_environment
+
+    prepare_environment()
+    loaded = load_config(config, overrides or [])
+    from uvlm.train import train as run_training
+
+    run_training(loaded)
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")],
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes on this machine")],
+    overrides: Overrides = None,
+) -> None:
+    """The same as `train` on this machine with several processes (torchrun underneath)."""
+    from uvlm.check import check
+    from uvlm.config import load_config
+    from uvlm.distributed import launch as start
+
+    check(load_config(config, overrides or []), nproc)
+    raise typer.Exit(start(["train", str(config), *(overrides or [])], nproc))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run, shards: Annotated[Path, typer.Option(help="folder of tokenized shards with held-out questions")]
+) -> None:
+    """Answer accuracy of a trained model: the share of documents whose supervised text is all right."""
+    from uvlm.evaluate import evaluate as measure
+    from uvlm.progress import bars
+
+    with bars() as update:
+        result = measure(run, shards, update)
+    print(f"answer accuracy {result['vqa_accuracy']:.4f} over {result['vqa_questions']:,} questions")
+
+
+@app.command()
+def ask(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="image file")],
+    text: Annotated[str, typer.Argument(help="question")],
+) -> None:
+    """Answer a question about an image."""
+    from uvlm.generate import Generator
+
+    if not image.is_file():
+        raise ValueError(f"there is no image {image}")
+    print(Generator.load(run).answer(image.read_bytes(), text))
+
+
+@app.command()
+def generate(
+    run: Run,
+    text: Annotated[str, typer.Argument(help="caption, such as 'a blue circle'")],
+    out: Annotated[Path, typer.Option(help="PNG to write")],
+    seed: Annotated[int, typer.Option(help="another seed, another picture")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest code each time")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="draw among the k likeliest codes; 0 among all")] = 0,
+) -> None:
+    """Draw an image from a caption."""
+    from PIL import Image
+
+    from uvlm.generate import Generator
+
+    pixels = Generator.load(run).images([text], [seed], temperature, top_k)[0]
+    Image.fromarray(pixels).save(out, format="PNG")
+    print(out)
+
+
+@data.command()
+def convert(
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="vqa or pairs")],
+    source: Annotated[Path, typer.Argument(help="corpus to read")],
+    out: Annotated[Path, typer.Argument(help="folder of shards to write")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="documents in one tar")] = 1000,
+) -> None:
+    """Bring a corpus into canonical shards: plain webdataset tars, an index beside each, one manifest."""
+    from data_pipeline.convert import convert as run_conversion
+    from uvlm.progress import counter
+
+    with counter("converting") as update:
+        report = run_conversion(format_name, source, out, samples_per_shard=samples_per_shard, progress=update)
+    _print_rejected(report.rejected)
+    print(f"{report.documents_in:,} documents in, {report.documents_out:,} out: {out}")
+
+
+@data.command()
+def tokenize(
+    shards: Annotated[Path, typer.Argument(help="folder of canonical shards")],
+    out: Annotated[Path, typer.Argument(help="folder of tokenized shards to write; run again to go on")],
+    tokenizer: Annotated[Path, typer.Option(help="folder made by `uvlm tokenizer train`")],
+) -> None:
+    """Give every image its codes, so that training never runs an image encoder."""
+    from data_pipeline.tokenize import tokenize as run_tokenization
+    from uvlm.progress import bars
+
+    with bars() as update:
+        report = run_tokenization(shards, out, tokenizer, progress=update)
+    _print_rejected(report.rejected)
+    print(f"{report.documents:,} documents with codes for {report.images:,} images: {out}")
+
+
+@tokenizer.command("train")
+def tokenizer_train(
+    shards: Annotated[list[Path], typer.Argument(help="folders of canonical shards")],
+    out: Annotated[Path, typer.Argument(help="tokenizer folder to write; run again to go on")],
+) -> None:
+    """Train a small image tokenizer and a byte-level BPE on one's own data."""
+    from data_pipeline.tokenizer_training import train_tokenizers
+    from uvlm.progress import bars
+
+    with bars() as update:
+        train_tokenizers(shards, out, progress=update)
+    print(f"tokenizers: {out}")
+
+
+def _print_rejected(rejected: dict[str, int]) -> None:
+    for reason, count in rejected.items():
+        print(f"rejected {count:,}: {reason}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("UVLM_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

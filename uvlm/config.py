@@ -1,0 +1,172 @@
+"""The run's configuration: YAML, checked, with `key=value` overrides last.
+
+Each section stands beside the code it configures; this file joins them. An unknown key is an error that names the
+nearest known one. The YAML owns batch sizes, clipping, dtype, learning rate, betas, weight decay and schedule; the
+DeepSpeed JSON named by `deepspeed` owns the optimizer's type and everything about ZeRO, offload and communication.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
+
+from data_pipeline.schema import TASKS
+from data_pipeline.stream import Source
+from uvlm.model import ModelConfig
+from uvlm.optim import OptimConfig
+from uvlm.policies import Dense, Policy, Route
+from uvlm.strict import Strict
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+# Relative to where the command is run; absolute from then on, so that a run folder works from anywhere.
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+class SourceConfig(Strict):
+    path: AbsolutePath = Field(description="folder of tokenized shards with a manifest.json")
+    name: str = Field(default="", description="name in logs; the folder's name where none is given")
+    weight: float = Field(default=1.0, gt=0, description="share of documents, relative to the other sources")
+
+    def source(self) -> Source:
+        return Source(self.name or self.path.name, self.path, self.weight)
+
+
+class DataConfig(Strict):
+    tokenizer: AbsolutePath = Field(description="folder made by `uvlm tokenizer train`")
+    train: list[SourceConfig] = Field(min_length=1)
+    valid: list[SourceConfig] = Field(default=[], description="held-out shards for the validation loss")
+    pack_tokens: int = Field(gt=0, description="T, tokens of one pack; fixed for a run")
+    num_rows: int = Field(gt=0, description="G, packs of one optimizer step over all ranks; fixed for a run")
+    num_workers: int = Field(default=0, ge=0, description="loader processes of each rank")
+
+
+class LossConfig(Strict):
+    weights: dict[str, float] = Field(default={}, description="weight of each task's mean loss; 1.0 if none is given")
+
+    @field_validator("weights")
+    @classmethod
+    def _tasks_exist(cls, weights: dict[str, float]) -> dict[str, float]:
+        for task in set(weights) - set(TASKS):
+            raise ValueError(f"there is no task {task!r}; use {', '.join(TASKS)}")
+        return weights
+
+
+class CheckpointConfig(Strict):
+    every: int = Field(gt=0, description="steps between checkpoints; one more is written at the end")
+    keep: int = Field(default=2, gt=0, description="newest checkpoints that stay")
+
+
+class ValidationConfig(Strict):
+    every: int = Field(default=0, ge=0, description="steps between validations; 0 turns them off")
+    steps: int = Field(default=4, gt=0, description="global batches of held-out packs")
+    prompts: list[str] = Field(default=[], description="captions whose generated images go to TensorBoard")
+
+
+class Config(Strict):
+    run: AbsolutePath = Field(description="run folder; point at the same folder to go on")
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    policy: Policy = Dense()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    deepspeed: Path = Field(default=Path("zero3.json"), description="DeepSpeed JSON: a path, or a name in ds_configs/")
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig = ValidationConfig()
+    log_every: int = Field(default=10, gt=0, description="steps between records in TensorBoard and metrics.jsonl")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and check a config.
+
+    Args:
+        path: a YAML file, or the name of a shipped one such as `demo`.
+        overrides: `dotted.key=value`, the value in YAML; they win over the file.
+
+    Raises:
+        ValueError: one sentence per mistake, each naming the key and a remedy.
+    """
+    shipped = SHIPPED / f"{path}.yaml"
+    if not path.exists() and shipped.exists():
+        path = shipped
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+        raise ValueError(f"there is no config {path}; give the path of a YAML file or one of the shipped: {names}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no mapping of keys to values; see uvlm/configs/demo.yaml")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Check a tree of plain values; ValueError with one sentence per mistake."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_sentence(tree, dict(item)) for item in error.errors())) from None
+    config.policy.check(config.model.num_layers)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"the override {override!r} is not of the form key=value, such as optim.steps=100")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"the override {override!r} reaches into {parent!r}, which is no section")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"the value of the override {override!r} is not valid YAML") from None
+
+
+def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
+    """One pydantic error as a sentence with a remedy."""
+    path = [part for part in error["loc"] if part not in ("dense", "route")]
+    name = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1], tree)
+        nearest = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {name!r}; the nearest known one is {'.'.join([*map(str, path[:-1]), *nearest])!r}"
+    if error["type"] == "missing":
+        return f"the key {name!r} is missing; add it to the YAML or give {name}=VALUE"
+    if error["type"].startswith("union_tag"):
+        return f"{name}.name must be one of dense, route"
+    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(path: Sequence[Any], tree: Any) -> list[str]:
+    """Keys of the section at `path`, found by walking the models beside the tree."""
+    model: Any = Config
+    for part in path:
+        tree = tree[part]
+        if isinstance(part, int):
+            continue
+        if part == "policy":
+            model = next(kind for kind in (Dense, Route) if kind.model_fields["name"].default == tree["name"])
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return list(model.model_fields)

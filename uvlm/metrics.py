@@ -1,0 +1,83 @@
+"""Records of a run: TensorBoard, metrics.jsonl and metrics.json, written by rank 0 alone.
+
+One folder serves the whole life of a run. On resume, TensorBoard gets `purge_step` and metrics.jsonl loses the records
+after the checkpoint, so each step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+
+class MetricWriter:
+    """Scalars and images by step. `resume_step`: optimizer steps already done when this attempt starts."""
+
+    def __init__(self, run: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = run / "metrics.jsonl"
+        kept = [record for record in read_records(run) if record["step"] <= resume_step]
+        _replace(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        # Records carry the number of steps done, so the first new one is resume_step + 1.
+        purge_step = resume_step + 1 if resume_step else None
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=purge_step, flush_secs=20)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values under `step`, the number of optimizer steps done."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """pixels: uint8 [height, width, 3]."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def text(self, step: int, name: str, value: str) -> None:
+        self._board.add_text(name, value, step)
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._board.close()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """All complete lines of metrics.jsonl; a line cut by a crash is left out."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    path = run / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def update_summary(run: Path, values: Mapping[str, Any]) -> None:
+    """Merge values into RUN/metrics.json, whole or not at all."""
+    _replace(run / "metrics.json", json.dumps({**read_summary(run), **values}, indent=2) + "\n")
+
+
+def median_of(run: Path, name: str) -> float | None:
+    """Median of one metric over the records that have it."""
+    values = [record[name] for record in read_records(run) if name in record]
+    return statistics.median(values) if values else None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

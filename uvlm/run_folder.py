@@ -1,0 +1,104 @@
+"""The run folder: everything a run was made from and everything it made. Pointing at it is how a run goes on.
+
+config.yaml  deepspeed.json  environment.txt     what it was started with, resolved
+checkpoints/step_*/                              engine and data state
+tensorboard/  metrics.jsonl  metrics.json        records by step, and the summary
+model/                                           the trained model, an ordinary Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from uvlm.config import Config, dump_config, load_config
+from uvlm.metrics import median_of, read_records, update_summary
+
+_LOCK_SECONDS = 30
+
+
+def prepare(config: Config, deepspeed_config: dict[str, Any]) -> None:
+    """Make the folder and write down what the run is started with."""
+    config.run.mkdir(parents=True, exist_ok=True)
+    (config.run / "config.yaml").write_text(dump_config(config))
+    (config.run / "deepspeed.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n")
+    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+    (config.run / "environment.txt").write_text("\n".join([f"python=={platform.python_version()}", *packages]) + "\n")
+
+
+def forget_results(run: Path) -> None:
+    """Remove model and summary of an earlier end: what stands there speaks of the finished model only."""
+    shutil.rmtree(run / "model", ignore_errors=True)
+    (run / "metrics.json").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process: two trainings that write to one folder would ruin both.
+
+    It is the kernel's lock, so it ends with the process, however that ends. ValueError where another holds it for
+    longer than a stopping training needs.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        for attempts_left in range(_LOCK_SECONDS, -1, -1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not attempts_left:
+                    raise ValueError(f"another training writes to {run}; stop it, or give another run folder") from None
+                time.sleep(1)
+        yield
+
+
+def read_config(run: Path) -> Config:
+    """The resolved config of a run; ValueError where the folder holds none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run folder (it has no config.yaml); give the folder that `uvlm train` printed")
+    return load_config(path)
+
+
+def model_folder(run: Path) -> Path:
+    """The trained model of a run; ValueError where training has not come to its end."""
+    folder = run / "model"
+    if not folder.is_dir():
+        raise ValueError(f"{run} has no trained model yet; run `uvlm train {run / 'config.yaml'}` to its end")
+    return folder
+
+
+def save_model(config: Config, model: PreTrainedModel) -> None:
+    """RUN/model with weights, config and text tokenizer, whole or not at all."""
+    folder = config.run / "model"
+    partial = config.run / ".partial_model"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(config.data.tokenizer / "text" / "tokenizer.json"))
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+
+
+def summarise(run: Path, vocab_size: int) -> None:
+    """Put what is known of training into metrics.json."""
+    records = read_records(run)
+    update_summary(
+        run,
+        {
+            "first_loss": next((r["loss/mean"] for r in records if "loss/mean" in r), None),
+            "log_vocab": math.log(vocab_size),
+            "tokens_per_second": median_of(run, "speed/tokens_per_second"),
+        },
+    )

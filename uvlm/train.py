@@ -1,0 +1,245 @@
+"""The training loop: next, forward, backward, step, log, save.
+
+One optimizer step consumes one pack of each of the G rows. A rank computes its rows one after the other (the
+micro-steps of gradient accumulation), so any number of ranks that divides G sees the same global batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader import DataState, Loader
+from data_pipeline.packing import Pack
+from data_pipeline.schema import TASKS
+from data_pipeline.vocab import Vocab
+from uvlm import checkpoint, distributed, run_folder
+from uvlm import engine as deepspeed_engine
+from uvlm.check import check
+from uvlm.config import Config, SourceConfig, dump_config
+from uvlm.engine import Engine
+from uvlm.losses import by_task, task_counts, task_ids, task_scales, task_sums
+from uvlm.metrics import MetricWriter
+from uvlm.model import UnifiedVLM, build_backbone
+from uvlm.optim import learning_rate
+from uvlm.policies import Dense
+from uvlm.token_plan import TokenPlan
+
+
+class Window:
+    """Sums over the steps since the last record, on this rank. They are reduced over ranks only for a record."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.nll_K = torch.zeros(len(TASKS), dtype=torch.float64, device=device)
+        self.counts_K = torch.zeros(len(TASKS), dtype=torch.float64)
+        self.num_tokens = 0  # of documents; the unused tail of a pack does not count
+        self.kept: list[float] = []
+        self.image_kept: list[float] = []
+        self.data_wait = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, pack: Pack, plan: TokenPlan, sums_K: torch.Tensor) -> None:
+        self.nll_K += sums_K.detach()
+        self.num_tokens += num_useful_tokens(pack)
+        self.kept.append(plan.kept_share)
+        self.image_kept.append(plan.image_kept_share)
+
+    def reduced(self) -> dict[str, float]:
+        """The record of these steps over all ranks; every rank calls it."""
+        seconds = time.perf_counter() - self.started
+        sums = torch.tensor([self.num_tokens, sum(self.kept), sum(self.image_kept), len(self.kept), self.data_wait])
+        totals = torch.cat([self.nll_K.cpu(), self.counts_K, sums.double()]).to(self.nll_K.device)
+        dist.all_reduce(totals)
+        num_tasks = len(TASKS)
+        nll_K, counts_K, rest = totals.cpu().split([num_tasks, num_tasks, 5])
+        num_tokens, kept, image_kept, num_packs, data_wait = rest.tolist()
+        losses = by_task(nll_K / counts_K.clamp(min=1), counts_K)
+        return {
+            "loss/mean": sum(losses.values()) / max(1, len(losses)),
+            **{f"loss/{task}": value for task, value in losses.items()},
+            "roles/kept_share": kept / num_packs,
+            "roles/image_kept_share": image_kept / num_packs,
+            "speed/tokens_per_second": num_tokens / seconds,
+            "speed/data_wait_share": data_wait / dist.get_world_size() / seconds,
+        }
+
+
+def train(config: Config) -> None:
+    """Run to `optim.steps`, from the newest checkpoint of the run folder if it has one. Every rank calls this."""
+    place = distributed.world()
+    check(config, place.size)
+    with run_folder.held(config.run) if place.rank == 0 else contextlib.nullcontext():
+        _train(config, place)
+
+
+def _train(config: Config, place: distributed.World) -> None:
+    device = deepspeed_engine.start()
+    vocab = Vocab.load(config.data.tokenizer)
+    torch.manual_seed(config.seed)
+    model = UnifiedVLM(build_backbone(config.model, vocab.size))
+    tree = deepspeed_engine.resolve(deepspeed_engine.read_deepspeed_json(config.deepspeed), config, place.size)
+    if place.rank == 0:
+        run_folder.prepare(config, tree)
+        print(_headline(config, model, vocab, place.size), flush=True)
+    engine = Engine(model, config, tree)
+    position = checkpoint.load_latest(engine, config.run, config, vocab.fingerprint)
+    if place.rank == 0 and position.step < config.optim.steps:
+        run_folder.forget_results(config.run)
+    trainer = Trainer(config, engine, vocab, device)
+    if place.rank != 0:
+        trainer.run(position, None)
+        return
+    with MetricWriter(config.run, position.step) as writer:
+        if position.step:
+            print(f"resumed at step {position.step} of {config.optim.steps}", flush=True)
+        writer.text(position.step, "config", f"```yaml\n{dump_config(config)}```")
+        trainer.run(position, writer)
+
+
+class Trainer:
+    """The loop and what each of its steps needs. The writer is None on every rank but 0."""
+
+    def __init__(self, config: Config, engine: Engine, vocab: Vocab, device: torch.device) -> None:
+        self.config = config
+        self.engine = engine
+        self.vocab = vocab
+        self.device = device
+        self.window = Window(device)
+
+    def run(self, position: checkpoint.Position, writer: MetricWriter | None) -> None:
+        """Next, forward, backward, step, log, save."""
+        config, step, last_step = self.config, position.step, self.config.optim.steps
+        started = time.perf_counter()
+        batches = iter(self._loader(config.data.train, position.data_state))
+        while step < last_step:
+            waited = time.perf_counter()
+            packs, data_state = next(batches)
+            self.window.data_wait += time.perf_counter() - waited
+            self.train_step(packs, step)
+            step += 1
+            if step == 1 or step % config.log_every == 0 or step == last_step:
+                seconds_a_step = (time.perf_counter() - started) / (step - position.step)
+                self.log(step, seconds_a_step * (last_step - step), writer)
+            if due(step, config.validation.every, last_step):
+                self.validate(step, writer)
+            if due(step, config.checkpoint.every, last_step):
+                checkpoint.save(self.engine, config.run, step, data_state, config, self.vocab.fingerprint)
+        self.finish()
+
+    def train_step(self, packs: list[Pack], step: int) -> None:
+        """One optimizer step over this rank's packs: forward and backward for each, then the update."""
+        counts_K = task_counts(packs)
+        self.window.counts_K += counts_K
+        counts_K = counts_K.to(self.device)
+        dist.all_reduce(counts_K)
+        scales_K = task_scales(counts_K.cpu(), self.config.loss.weights, self.config.data.num_rows).to(self.device)
+        self.engine.set_learning_rate(learning_rate(self.config.optim, step))
+        for pack in packs:
+            plan = TokenPlan.of(pack, self.config.policy, self.config.model.num_layers, self.config.seed)
+            sums_K = self._forward(pack, plan)
+            self.engine.backward((sums_K * scales_K).sum())
+            self.engine.step()
+            self.window.add(pack, plan, sums_K)
+
+    def log(self, step: int, seconds_left: float, writer: MetricWriter | None) -> None:
+        values = self.window.reduced()
+        values["optim/learning_rate"] = learning_rate(self.config.optim, step - 1)
+        values["optim/gradient_norm"] = self.engine.gradient_norm
+        values["health/skipped_steps"] = self.engine.skipped_steps
+        self.window = Window(self.device)
+        if writer:
+            writer.scalars(step, values)
+            losses = "  ".join(f"{name[5:]} {value:.3f}" for name, value in values.items() if name.startswith("loss/"))
+            print(
+                f"step {step}/{self.config.optim.steps}  loss: {losses}  "
+                f"{values['speed/tokens_per_second']:,.0f} tokens/s  {duration(seconds_left)} left",
+                flush=True,
+            )
+
+    @torch.no_grad()
+    def validate(self, step: int, writer: MetricWriter | None) -> None:
+        """Loss by task on held-out packs, dense as the model will be used, and pictures of the fixed prompts."""
+        self.engine.train(False)
+        totals = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)
+        if self.config.data.valid:
+            for packs, _ in itertools.islice(self._loader(self.config.data.valid), self.config.validation.steps):
+                totals[1] += task_counts(packs).to(self.device)
+                for pack in packs:
+                    totals[0] += self._forward(pack, TokenPlan.of(pack, Dense(), self.config.model.num_layers))
+        dist.all_reduce(totals)
+        self.engine.train()
+        nll_K, counts_K = totals.cpu()
+        values = {f"valid/{task}": loss for task, loss in by_task(nll_K / counts_K.clamp(min=1), counts_K).items()}
+        snapshot = self.engine.snapshot() if self.config.validation.prompts else None
+        if writer:
+            writer.scalars(step, values)
+            print(f"step {step}  validation: " + "  ".join(f"{k[6:]} {v:.3f}" for k, v in values.items()), flush=True)
+            if snapshot:
+                from uvlm.generate import Generator
+                from uvlm.pictures import picture_grid
+
+                prompts = self.config.validation.prompts
+                images = Generator(snapshot, self.vocab, self.config.data.tokenizer).images(
+                    prompts, range(len(prompts))
+                )
+                writer.image(step, "generated", picture_grid(images, prompts))
+        dist.barrier()
+        self.window = Window(self.device)  # the clock of the next record starts after this
+
+    def finish(self) -> None:
+        """Write the trained model as an ordinary folder, and the summary of the run."""
+        snapshot = self.engine.snapshot()
+        if snapshot:
+            run_folder.save_model(self.config, snapshot)
+            run_folder.summarise(self.config.run, self.vocab.size)
+            print(f"trained model: {self.config.run / 'model'}", flush=True)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def _forward(self, pack: Pack, plan: TokenPlan) -> torch.Tensor:
+        """Cross-entropy summed by task over the pack's supervised tokens, fp32 [K]."""
+        pack, plan = pack.to(self.device), plan.to(self.device)
+        logits_SV = self.engine(pack, plan)
+        return task_sums(logits_SV, pack.labels[pack.labels != -100], task_ids(pack))
+
+    def _loader(self, sources: Sequence[SourceConfig], state: DataState | None = None) -> Loader:
+        place, data = distributed.world(), self.config.data
+        return Loader(
+            [source.source() for source in sources],
+            self.vocab,
+            pack_tokens=data.pack_tokens,
+            num_rows=data.num_rows,
+            rank=place.rank,
+            world_size=place.size,
+            num_workers=data.num_workers,
+            seed=self.config.seed,
+            state=state,
+        )
+
+
+def due(step: int, every: int, last_step: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after `step`. 0 means never."""
+    return every > 0 and (step % every == 0 or step == last_step)
+
+
+def num_useful_tokens(pack: Pack) -> int:
+    """Tokens of documents; the unused tail does not count."""
+    return int(pack.cu_seqlens.diff()[pack.doc_task >= 0].sum())
+
+
+def duration(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _headline(config: Config, model: UnifiedVLM, vocab: Vocab, world_size: int) -> str:
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{num_parameters / 1e6:.1f}M parameters, vocabulary {vocab.size}, {world_size} rank(s), "
+        f"{config.data.num_rows} packs of {config.data.pack_tokens} tokens a step, policy {config.policy.name}, "
+        f"{config.dtype}, run folder {config.run}"
+    )
