@@ -7,16 +7,20 @@ The loss counts pixels that differ from the picture's median colour more, becaus
 what a caption speaks of. Everything random is a function of (seed, step), so a training that is interrupted and started
 again ends with the same weights.
 
-IMAGE_TRAINING_NUMBERS
+Measured on easy-vqa's 3,800 training pictures with the defaults (run): 0.7M parameters, 40,000 pictures, 150 CPU
+seconds on a busy machine; PSNR 31.4 dB on pictures not trained on, all 512 codes used; the demo's judge finds shape and
+colour right in 98.2% of 167 held-out training pictures and 97.8% of 880 test pictures after a round trip.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from transformers import JanusVQVAE, JanusVQVAEConfig
+from transformers.utils import logging
 
 from data_pipeline.image_tokens import ImageTokenizer, Preprocessing, Progress, fold, nearest_rows, psnr
 
@@ -36,6 +41,7 @@ REVIVE_UNTIL = 0.7  # of the training: rows revived later would not settle
 CODEBOOK_DECAY = 0.97
 COMMITMENT = 0.25
 SAVE_SECONDS = 15.0
+CONTRAST_REACH = 5  # pixels, odd
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class ImageTraining:
     image_size: int = 64
     num_codes: int = 512
     batch_size: int = 16
-    learning_rate: float = 1.5e-3
-    contrast_weight: float = 8.0
+    learning_rate: float = 2e-3
+    contrast_weight: float = 6.0
     base_channels: int = 64
     folding: int = 4
     embed_dim: int = 8
@@ -91,14 +97,15 @@ def train_image_tokenizer(
     training.resume(state_path)
     before = training.seconds
     saved = started
-    while training.step < settings.steps:
-        if progress is not None:
-            progress("image tokenizer", training.step, settings.steps)
-        training.train_step()
-        if time.monotonic() - saved > SAVE_SECONDS:
-            training.seconds = before + time.monotonic() - started
-            training.save(state_path)
-            saved = time.monotonic()
+    with _one_thread():
+        while training.step < settings.steps:
+            if progress is not None:
+                progress("image tokenizer", training.step, settings.steps)
+            training.train_step()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                training.seconds = before + time.monotonic() - started
+                training.save(state_path)
+                saved = time.monotonic()
     training.seconds = before + time.monotonic() - started
     training.export(folder)
     state_path.unlink(missing_ok=True)
@@ -112,6 +119,18 @@ def train_image_tokenizer(
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "settings": asdict(settings),
     }
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: sums repeat on any number of cores, and where something else runs, two threads wait for each other
+    at every small operation: 5 to 34 pictures/s against 221 with one (run, two cores, load 4)."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _measure(folder: Path, images_BHWC: np.ndarray) -> dict[str, Any]:
@@ -208,7 +227,9 @@ class _Training:
         images_BHWC = torch.where(mirrored_B[:, None, None, None], images_BHWC.flip(2), images_BHWC)
         median_B1C = images_BHWC.flatten(1, 2).median(dim=1, keepdim=True).values
         contrast_BHW = (images_BHWC.float() - median_B1C[:, None].float()).abs().amax(dim=3) / 127.5
-        weight_B1HW = 1.0 + self.settings.contrast_weight * contrast_BHW[:, None]
+        # Widened, so that what lies just outside a thing counts as much as the thing: halos made circles squares.
+        near_B1HW = functional.max_pool2d(contrast_BHW[:, None], CONTRAST_REACH, stride=1, padding=CONTRAST_REACH // 2)
+        weight_B1HW = 1.0 + self.settings.contrast_weight * near_B1HW
         weight_BChw = functional.pixel_unshuffle(weight_B1HW.expand(-1, 3, -1, -1), self.settings.folding)
         return fold(images_BHWC.numpy(), self.settings.folding), weight_BChw
 
@@ -260,6 +281,7 @@ class _Training:
     def export(self, folder: Path) -> None:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
+        logging.disable_progress_bar()  # a bar for one file would tear through the caller's own
         self.model.eval().save_pretrained(temporary)
         Preprocessing(self.settings.image_size, self.settings.folding).save(temporary)
         shutil.rmtree(folder, ignore_errors=True)

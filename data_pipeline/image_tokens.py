@@ -3,13 +3,13 @@
 The folder is a normal pretrained folder (config.json, model.safetensors) plus `preprocessing.json`, which says what
 the model's config cannot: the picture's size, how others are brought to it, and by how much pixels are folded into
 channels before the first convolution (`pixel_unshuffle`; 1 for stock models). Folding is why a tokenizer can be trained
-on two cores at all: plain 64x64 convolutions of 32 channels reach 46 images/s in training, on pixels folded 8 x 8 with
-128 channels 350 (run). For another JanusVQVAE, such as Janus-Pro's, write the file by hand:
+on two cores at all: plain 64x64 convolutions of 32 channels reach 46 images/s in training, 64 channels on pixels folded
+4 x 4 reach 320 on one core (run). For another JanusVQVAE, such as Janus-Pro's, write the file by hand:
 `{"format_version": 1, "image_size": 384, "resize": "crop", "pixel_unshuffle": 1}`.
 
 Codes are the nearest rows of the codebook under what `JanusVQVAE.decode` uses, which normalises the rows while the
 model's own `encode` does not: rows are normalised once after loading, and then the two agree.
-Cost (run, one core, 64 codes a picture): encode IMAGES_ENCODE images/s, decode IMAGES_DECODE images/s.
+Cost (run, one core, 64 codes a picture): encode 2,000 images/s, decode 1,300 images/s.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class ImageTokenizer:
         fingerprint = image_tokenizer_fingerprint(folder)
         preprocessing = Preprocessing.load(folder)
         from transformers import JanusVQVAE
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # a bar for a file of a few megabytes would tear through the caller's own
         model, loading = JanusVQVAE.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )

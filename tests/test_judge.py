@@ -100,32 +100,35 @@ def test_noise_and_gradients_show_nothing() -> None:
     assert judge(np.broadcast_to(ramp[None, :, None], (64, 64, 3)).copy()).shape is None
 
 
-IMPOSTORS: dict[str, Callable[[ImageDraw.ImageDraw], object]] = {
-    "ring": lambda pen: pen.ellipse((14, 14, 50, 50), outline=COLORS["red"], width=4),
-    "frame": lambda pen: pen.rectangle((14, 14, 50, 50), outline=COLORS["red"], width=4),
-    "cross": lambda pen: (
-        pen.rectangle((28, 14, 36, 50), fill=COLORS["red"]),
-        pen.rectangle((14, 28, 50, 36), fill=COLORS["red"]),
+Strokes = tuple[Callable[[ImageDraw.ImageDraw], object], ...]
+RED = COLORS["red"]
+IMPOSTORS: dict[str, Strokes] = {
+    "ring": (lambda pen: pen.ellipse((14, 14, 50, 50), outline=RED, width=4),),
+    "frame": (lambda pen: pen.rectangle((14, 14, 50, 50), outline=RED, width=4),),
+    "cross": (
+        lambda pen: pen.rectangle((28, 14, 36, 50), fill=RED),
+        lambda pen: pen.rectangle((14, 28, 50, 36), fill=RED),
     ),
-    "corner": lambda pen: (
-        pen.rectangle((14, 14, 24, 50), fill=COLORS["red"]),
-        pen.rectangle((14, 40, 50, 50), fill=COLORS["red"]),
+    "corner": (
+        lambda pen: pen.rectangle((14, 14, 24, 50), fill=RED),
+        lambda pen: pen.rectangle((14, 40, 50, 50), fill=RED),
     ),
-    "half circle": lambda pen: pen.pieslice((12, 12, 52, 52), 0, 180, fill=COLORS["red"]),
-    "crescent": lambda pen: (
-        pen.ellipse((12, 12, 52, 52), fill=COLORS["red"]),
-        pen.ellipse((22, 12, 62, 52), fill=BACKGROUND),
+    "half circle": (lambda pen: pen.pieslice((12, 12, 52, 52), 0, 180, fill=RED),),
+    "crescent": (
+        lambda pen: pen.ellipse((12, 12, 52, 52), fill=RED),
+        lambda pen: pen.ellipse((22, 12, 62, 52), fill=BACKGROUND),
     ),
-    "upside-down triangle": lambda pen: pen.polygon([(14, 16), (50, 16), (32, 48)], fill=COLORS["red"]),
-    "flat ellipse": lambda pen: pen.ellipse((8, 24, 56, 40), fill=COLORS["red"]),
-    "diamond": lambda pen: pen.polygon([(32, 10), (54, 32), (32, 54), (10, 32)], fill=COLORS["red"]),
-    "speck": lambda pen: pen.point((30, 30), fill=COLORS["red"]),
+    "upside-down triangle": (lambda pen: pen.polygon([(14, 16), (50, 16), (32, 48)], fill=RED),),
+    "flat ellipse": (lambda pen: pen.ellipse((8, 24, 56, 40), fill=RED),),
+    "diamond": (lambda pen: pen.polygon([(32, 10), (54, 32), (32, 54), (10, 32)], fill=RED),),
+    "speck": (lambda pen: pen.point((30, 30), fill=RED),),
 }
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_what_is_no_shape_of_ours_is_refused(name: str) -> None:
-    assert judge(draw(IMPOSTORS[name])).shape is None
+    picture = draw(lambda pen: [stroke(pen) for stroke in IMPOSTORS[name]])
+    assert judge(picture).shape is None
 
 
 def test_real_test_pictures_are_judged_right() -> None:

@@ -1,5 +1,7 @@
 """The packed forward pass: equal to transformers' own, document by document, and to roles applied by definition."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -27,7 +29,9 @@ def _assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_dense_logits_and_gradients_equal_transformers_own_model(family: str, tie_embeddings: bool) -> None:
+def test_dense_logits_and_gradients_equal_transformers_own_model(
+    family: Literal["llama", "qwen2", "qwen3"], tie_embeddings: bool
+) -> None:
     model, pack = tiny_model(family, tie_embeddings=tie_embeddings), mixed_pack()
     got = model(pack, TokenPlan.of(pack, Dense(), model.num_layers))
     weight = torch.randn_like(got)

@@ -154,9 +154,7 @@ def test_a_state_of_other_settings_is_not_continued(
     with pytest.raises(KeyboardInterrupt):
         train_tokenizers([shards], tmp_path, image=SETTINGS, progress=Interrupt(7))
     restarted = Interrupt(-1)
-    train_tokenizers(
-        [shards], tmp_path, image=ImageTraining(**{**vars(SETTINGS), "num_codes": 8}), progress=restarted
-    )
+    train_tokenizers([shards], tmp_path, image=ImageTraining(**{**vars(SETTINGS), "num_codes": 8}), progress=restarted)
     assert restarted.first == 0
 
 
@@ -171,7 +169,9 @@ def test_a_finished_folder_is_not_trained_again_unless_something_changed(shards:
 
 
 def test_training_learns_the_pictures_with_most_of_the_codebook(tmp_path: Path) -> None:
-    settings = ImageTraining(steps=100, image_size=16, num_codes=32, batch_size=16, contrast_weight=0.0)
+    settings = ImageTraining(
+        steps=250, image_size=16, num_codes=32, batch_size=16, learning_rate=1e-3, contrast_weight=0.0
+    )
     held_out = squares(32, seed=1)
     report = train_image_tokenizer(squares(400), held_out, tmp_path / "image", settings)
     flat = np.broadcast_to(held_out.mean(axis=(1, 2), keepdims=True).astype(np.uint8), held_out.shape)

@@ -20,11 +20,12 @@ _CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
 def check(config: Config, world_size: int) -> None:
     """Raise ValueError with a remedy where the run cannot work: ranks, DeepSpeed JSON, compiler, data, disk."""
     if config.data.num_rows % world_size:
-        below = config.data.num_rows // world_size * world_size
-        sizes = [size for size in (below, below + world_size) if size]
+        num_rows = config.data.num_rows
+        ranks = [str(size) for size in range(1, num_rows + 1) if num_rows % size == 0]
+        above = -(-num_rows // world_size) * world_size
         raise ValueError(
-            f"data.num_rows={config.data.num_rows} does not divide over {world_size} ranks; "
-            f"use {' or '.join(map(str, sizes))}"
+            f"data.num_rows={num_rows} does not divide over {world_size} ranks; "
+            f"start {' or '.join(ranks)} ranks, or set data.num_rows={above}"
         )
     resolve(read_deepspeed_json(config.deepspeed), config, world_size)
     if sentence := compiler_missing():

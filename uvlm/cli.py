@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from uvlm.distributed import prepare_environment
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
 tokenizer = typer.Typer(no_args_is_help=True, help="Make the tokenizers of a run.")
@@ -44,13 +46,9 @@ def demo(
 def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")], overrides: Overrides = None) -> None:
     """Train, or go on from the newest checkpoint. Under torchrun or srun this is one rank; alone, one process."""
     from uvlm.config import load_config
-    from uvlm.distributed import prepare_environment
-
-    prepare_environment()
-    loaded = load_config(config, overrides or [])
     from uvlm.train import train as run_training
 
-    run_training(loaded)
+    run_training(load_config(config, overrides or []))
 
 
 @app.command()
@@ -151,13 +149,15 @@ def tokenize(
 def tokenizer_train(
     shards: Annotated[list[Path], typer.Argument(help="folders of canonical shards")],
     out: Annotated[Path, typer.Argument(help="tokenizer folder to write; run again to go on")],
+    steps: Annotated[int, typer.Option(min=1, help="updates of the image tokenizer, 16 images each")] = 2500,
 ) -> None:
-    """Train a small image tokenizer and a byte-level BPE on one's own data."""
+    """Train a small image tokenizer (64x64 pixels, 64 codes) and a byte-level BPE on one's own data."""
+    from data_pipeline.image_tokenizer_training import ImageTraining
     from data_pipeline.tokenizer_training import train_tokenizers
     from uvlm.progress import bars
 
     with bars() as update:
-        train_tokenizers(shards, out, progress=update)
+        train_tokenizers(shards, out, image=ImageTraining(steps=steps), progress=update)
     print(f"tokenizers: {out}")
 
 
@@ -168,6 +168,7 @@ def _print_rejected(rejected: dict[str, int]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    prepare_environment()
     try:
         app()
     except KeyboardInterrupt:

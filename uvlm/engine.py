@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
 import warnings
 from datetime import timedelta
@@ -26,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from data_pipeline.packing import Pack
 from uvlm.config import Config
-from uvlm.distributed import prepare_environment, world
+from uvlm.distributed import be_alone_unless_launched, world
 from uvlm.model import UnifiedVLM
 from uvlm.optim import parameter_groups
 from uvlm.token_plan import TokenPlan
@@ -122,7 +123,7 @@ def _clash(key: str, value: Any, owner: str, yaml_tree: dict[str, Any]) -> str:
 
 def start() -> torch.device:
     """Join the process group through DeepSpeed and return this rank's device."""
-    prepare_environment()
+    be_alone_unless_launched()
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     place = world()
@@ -247,7 +248,7 @@ class Engine:
 
 def compiler_missing() -> str | None:
     """A sentence if this machine would need a C++ compiler that it does not have."""
-    if torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "c++")):
+    if torch.cuda.is_available() or shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
         return None
     return (
         "no C++ compiler was found, and DeepSpeed builds a small extension at its first start on a CPU; "

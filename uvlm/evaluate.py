@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from data_pipeline.encode import Encoded, encode
 from data_pipeline.packing import BestFit, Pack, make_pack
@@ -21,7 +20,7 @@ from data_pipeline.vocab import Vocab
 from uvlm.metrics import update_summary
 from uvlm.model import UnifiedVLM
 from uvlm.policies import Dense
-from uvlm.run_folder import model_folder, read_config
+from uvlm.run_folder import load_model, read_config
 from uvlm.token_plan import TokenPlan
 
 
@@ -37,9 +36,7 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
     config = read_config(run)
     vocab = Vocab.load(config.data.tokenizer)
     split = Split.open(shards, image_tokenizer=vocab.image_tokenizer)
-    backbone = AutoModelForCausalLM.from_pretrained(model_folder(run), use_safetensors=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = UnifiedVLM(backbone).to(device).eval()
+    model = UnifiedVLM(load_model(run))
     num_right, num_documents = 0, 0
     for pack in _packs(split, vocab, config.data.pack_tokens):
         right = documents_right(model, pack)

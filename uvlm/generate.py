@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from data_pipeline.encode import Encoded, encode
 from data_pipeline.image_tokens import ImageTokenizer
 from data_pipeline.schema import Document
 from data_pipeline.vocab import Vocab
-from uvlm.run_folder import model_folder, read_config
+from uvlm.run_folder import load_model, read_config
 
 
 class Generator:
@@ -34,9 +34,7 @@ class Generator:
     def load(run: Path) -> Generator:
         """The trained model of a run folder, on a GPU if there is one. ValueError where there is no trained model."""
         config = read_config(run)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(model_folder(run), use_safetensors=True).to(device)
-        return Generator(model.eval(), Vocab.load(config.data.tokenizer), config.data.tokenizer)
+        return Generator(load_model(run), Vocab.load(config.data.tokenizer), config.data.tokenizer)
 
     @torch.inference_mode()
     def answer(self, image: bytes, question: str, max_tokens: int = 32) -> str:

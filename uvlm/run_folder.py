@@ -20,7 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from uvlm.config import Config, dump_config, load_config
 from uvlm.metrics import median_of, read_records, update_summary
@@ -77,6 +79,13 @@ def model_folder(run: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{run} has no trained model yet; run `uvlm train {run / 'config.yaml'}` to its end")
     return folder
+
+
+def load_model(run: Path) -> PreTrainedModel:
+    """The trained model of a run, in evaluation mode, on a GPU if there is one. Only safetensors are read."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(model_folder(run), use_safetensors=True)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def save_model(config: Config, model: PreTrainedModel) -> None:

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class Kept(NamedTuple):
-    """What a policy says of layers first <= layer < stop: tokens that `keep` (bool [T]) marks are DENSE, others BYPASS."""
+    """What a policy says of layers first <= layer < stop: tokens marked in `keep` are DENSE, the others BYPASS."""
 
     first: int
     stop: int
-    keep: np.ndarray
+    keep: np.ndarray  # bool [T]
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,11 @@ class Tokenizers:
         with progress.bars() as update:
             folders = [demo.data / "shards" / split for split in TOKENIZER_SPLITS]
             image = train_tokenizers(folders, demo.tokenizer, progress=update)["image"]
-        print(f"  reconstructions: {image['psnr']:.1f} dB, codes in use: {image['code_usage']:.0%}", flush=True)
+        print(
+            f"  reconstructions: {image['psnr']:.1f} dB on {image['images_measured']} pictures held out; "
+            f"{image['codes_used']} of {image['num_codes']} codes in use",
+            flush=True,
+        )
 
 
 class Tokens:

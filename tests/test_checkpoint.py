@@ -1,0 +1,114 @@
+"""Checkpoints: complete or not there, and refused where they do not fit. Real ranks resume in test_train.py."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch.distributed as dist
+
+from uvlm import checkpoint
+from uvlm.checkpoint import MARKER, Position, complete, load_latest
+from uvlm.config import Config, load_config
+from uvlm.engine import Engine
+
+
+class WritingEngine:
+    """Stands for DeepSpeed's files, so that the order of writing can be watched without ranks."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def save(self, folder: Path, tag: str) -> None:
+        assert not (folder / tag / MARKER).exists(), "the marker comes last"
+        (folder / tag).mkdir()
+        (folder / tag / "weights").write_text(tag)
+
+    def load(self, folder: Path, tag: str) -> None:
+        self.loaded.append(tag)
+
+
+class DyingEngine(WritingEngine):
+    def save(self, folder: Path, tag: str) -> None:
+        super().save(folder, tag)
+        raise OSError("No space left on device")
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(Path("demo"), [f"run={tmp_path}", "checkpoint={every: 1, keep: 2}"])
+
+
+def _save(config: Config, step: int, engine: WritingEngine | None = None) -> None:
+    data_state = {row: {"packs": step} for row in range(4)}
+    checkpoint.save(cast("Engine", engine or WritingEngine()), config.run, step, data_state, config, "vocab")
+
+
+def _load(config: Config, vocab: str = "vocab") -> tuple[Position, list[str]]:
+    engine = WritingEngine()
+    return load_latest(cast("Engine", engine), config.run, config, vocab), engine.loaded
+
+
+def test_the_newest_checkpoint_comes_back_with_its_data_state(config: Config) -> None:
+    for step in (1, 2, 3):
+        _save(config, step)
+    position, loaded = _load(config)
+    assert position == Position(3, {row: {"packs": 3} for row in range(4)})
+    assert loaded == ["step_00000003"]
+
+
+def test_only_the_newest_are_kept(config: Config) -> None:
+    for step in (1, 2, 10):
+        _save(config, step)
+    assert [folder.name for folder in complete(config.run)] == ["step_00000002", "step_00000010"]
+
+
+def test_without_a_checkpoint_a_run_starts_at_the_beginning(config: Config) -> None:
+    assert _load(config) == (Position(0, None), [])
+
+
+def test_a_checkpoint_that_died_while_it_was_written_is_never_loaded_and_later_removed(config: Config) -> None:
+    _save(config, 1)
+    with pytest.raises(OSError, match="No space"):
+        _save(config, 2, DyingEngine())
+    assert _load(config)[1] == ["step_00000001"]
+    _save(config, 3)
+    assert sorted(p.name for p in (config.run / "checkpoints").iterdir()) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "vocab", "change", "sentence"),
+    [
+        (["seed=1"], "vocab", {}, "was written with seed=0, this config has 1; set it back"),
+        (["data.num_rows=8"], "vocab", {}, "was written with data.num_rows=4, this config has 8"),
+        (["model.num_layers=5"], "vocab", {}, "was written with model="),
+        (["data.train=[{path: other}]"], "vocab", {}, "was written with data.train"),
+        ([], "other", {}, "was written with vocabulary='vocab', this config has 'other'"),
+        ([], "vocab", {"world_size": 2}, "was written by 2 ranks and this start has 1; start it again with 2 ranks"),
+        ([], "vocab", {"format_version": 99}, r"was written by a newer uvlm \(format 99\); update uvlm"),
+    ],
+    ids=["seed", "rows", "model", "sources", "vocabulary", "ranks", "format"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_both_values(
+    config: Config, overrides: list[str], vocab: str, change: dict[str, Any], sentence: str
+) -> None:
+    _save(config, 1)
+    marker = complete(config.run)[-1] / MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
+    other = load_config(Path("demo"), [f"run={config.run}", *overrides])
+    with pytest.raises(ValueError, match=sentence):
+        _load(other, vocab)
+
+
+def test_what_may_change_within_a_run_may_change(config: Config) -> None:
+    _save(config, 1)
+    other = load_config(Path("demo"), [f"run={config.run}", "optim.steps=9999", "log_every=3"])
+    assert _load(other)[0].step == 1

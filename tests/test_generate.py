@@ -1,0 +1,87 @@
+"""Drawing with a cache draws what the packed forward pass predicts, and each picture depends on its seed alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.encode import Encoded, encode
+from data_pipeline.packing import make_pack
+from data_pipeline.vocab import Vocab
+from tests.corpus import write_corpus
+from tests.test_schema import make_document
+from uvlm.generate import Generator
+from uvlm.model import ModelConfig, UnifiedVLM, build_backbone
+from uvlm.policies import Dense
+from uvlm.token_plan import TokenPlan
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    tokenizer = write_corpus(tmp_path_factory.mktemp("corpus")).parent / "tokenizer"
+    vocab = Vocab.load(tokenizer)
+    torch.manual_seed(1)
+    config = ModelConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        tie_embeddings=False,
+    )
+    model = build_backbone(config, vocab.size)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # spread, so that the likeliest code stands out
+    return Generator(model.eval(), vocab, tokenizer)
+
+
+def test_the_codes_drawn_at_temperature_zero_are_the_likeliest_of_the_packed_forward_pass(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[np.ndarray] = []
+    decode = generator.image_tokenizer.decode
+
+    def watched(codes: np.ndarray) -> np.ndarray:
+        drawn.append(codes)
+        return decode(codes)
+
+    monkeypatch.setattr(generator.image_tokenizer, "decode", watched)
+    generator.images(["a red thing"], [0], temperature=0.0)
+    codes = drawn[0][0].astype(np.uint16)
+
+    document = make_document("d", ("a red thing", None), task="generate", codes={"1.npy": codes})
+    encoded = encode(document, generator.vocab)
+    assert isinstance(encoded, Encoded)
+    pack = make_pack([encoded], 64, generator.vocab.pad, (0, 0))
+    model = UnifiedVLM(generator.model)
+    logits = model(pack, TokenPlan.of(pack, Dense(), model.num_layers))
+    first = generator.vocab.first_code
+    likeliest = logits[1:-1, first:].argmax(-1)  # the first and last label are the markers
+    assert likeliest.tolist() == codes.flatten().tolist()
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_the_batch(generator: Generator) -> None:
+    prompts = ["a red thing", "a blue thing", "a red thing", "red"]
+    together = generator.images(prompts, [3, 3, 4, 3])
+    alone = [generator.images([p], [s])[0] for p, s in zip(prompts, [3, 3, 4, 3], strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(together[0], together[2]), "another seed, another picture"
+    assert together[0].shape == (16, 16, 3)
+
+
+def test_top_1_is_temperature_0(generator: Generator) -> None:
+    greedy = generator.images(["a red thing"], [0], temperature=0.0)[0]
+    np.testing.assert_array_equal(generator.images(["a red thing"], [9], top_k=1)[0], greedy)
+    assert not np.array_equal(generator.images(["a red thing"], [9])[0], greedy)
+
+
+def test_an_answer_is_text_even_where_the_likeliest_token_is_a_code(generator: Generator, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "x.png")
+    answer = generator.answer((tmp_path / "x.png").read_bytes(), "what color is it?")
+    assert isinstance(answer, str)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        generator.answer(b"no image", "what?")

@@ -1,0 +1,135 @@
+"""Training by real ranks under DeepSpeed ZeRO-3: the number of ranks and an interruption change nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from data_pipeline.vocab import Vocab
+from tests.corpus import launch, uvlm, write_corpus
+from uvlm.checkpoint import complete
+from uvlm.metrics import read_records
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(config: Path) -> Path:
+    """The run folder of 20 steps on two ranks."""
+    run = config.parent / "two"
+    launch(config, 2, f"run={run}", "validation={every: 10, steps: 2, prompts: [a red thing]}")
+    return run
+
+
+def _losses(run: Path) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in record.items() if key.startswith("loss/")}
+        for record in read_records(run)
+        if "loss/mean" in record
+    ]
+
+
+def _assert_same_losses(run: Path, other: Path, tolerance: float) -> None:
+    losses, others = _losses(run), _losses(other)
+    assert len(losses) == len(others) == 20
+    for step, (got, want) in enumerate(zip(losses, others, strict=True), 1):
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            assert got[key] == pytest.approx(value, abs=tolerance), (step, key)
+
+
+def test_one_rank_and_two_ranks_have_the_same_losses(config: Path, two_ranks: Path) -> None:
+    run = config.parent / "one"
+    launch(config, 1, f"run={run}")
+    _assert_same_losses(run, two_ranks, 1e-3)
+
+
+def test_a_stopped_run_goes_on_with_the_losses_of_an_uninterrupted_one(config: Path, two_ranks: Path) -> None:
+    run = config.parent / "stopped"
+    launch(config, 2, f"run={run}", "optim.steps=13")
+    shutil.rmtree(run / "checkpoints" / "step_00000013")  # as if it died at step 13, with step 10 saved
+    (run / "checkpoints" / "step_00000012").mkdir()  # and a half-written checkpoint, which has no marker
+    launch(config, 2, f"run={run}")
+    _assert_same_losses(run, two_ranks, 1e-6)
+    steps = [record["step"] for record in read_records(run) if "loss/mean" in record]
+    assert steps == list(range(1, 21)), "metrics.jsonl has each step once"
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/mean")] == list(range(1, 21)), "and so has TensorBoard"
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess(two_ranks: Path) -> None:
+    summary = json.loads((two_ranks / "metrics.json").read_text())
+    assert abs(summary["first_loss"] / summary["log_vocab"] - 1) < 0.05
+
+
+def test_the_model_learns(two_ranks: Path) -> None:
+    losses = _losses(two_ranks)
+    assert losses[-1]["loss/understand"] < 0.7 * losses[0]["loss/understand"]
+
+
+def test_tensorboard_has_losses_rate_speed_roles_validation_and_pictures(two_ranks: Path) -> None:
+    board = EventAccumulator(str(two_ranks / "tensorboard"))
+    board.Reload()
+    scalars = set(board.Tags()["scalars"])
+    assert scalars >= {
+        "loss/mean",
+        "loss/understand",
+        "loss/generate",
+        "optim/learning_rate",
+        "speed/tokens_per_second",
+        "roles/kept_share",
+        "roles/image_kept_share",
+        "valid/understand",
+    }
+    assert "generated" in board.Tags()["images"]
+    # Half of the image tokens are left out in one of three layers.
+    assert board.Scalars("roles/image_kept_share")[0].value == pytest.approx(5 / 6)
+
+
+def test_the_run_folder_holds_what_the_run_was_made_from(two_ranks: Path) -> None:
+    tree = json.loads((two_ranks / "deepspeed.json").read_text())
+    assert tree["gradient_accumulation_steps"] == 2
+    assert "torch==" in (two_ranks / "environment.txt").read_text()
+    assert [folder.name for folder in complete(two_ranks)] == ["step_00000010", "step_00000020"]
+
+
+def test_the_trained_model_is_an_ordinary_transformers_folder(config: Path, two_ranks: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(two_ranks / "model", dtype=torch.float32)
+    vocab = Vocab.load(config.parent / "tokenizer")
+    logits = model(torch.tensor([[vocab.bos, vocab.image_start]])).logits
+    assert logits.shape == (1, 2, vocab.size)
+    share_of_codes = logits.softmax(-1)[0, -1, vocab.first_code :].sum()
+    assert share_of_codes > 2 * vocab.num_codes / vocab.size, "it has learned that codes follow"
+
+
+def test_an_image_is_drawn_and_a_question_answered(config: Path, two_ranks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    result = uvlm("generate", str(two_ranks), "a red thing", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    result = uvlm("ask", str(two_ranks), str(out), "what color is it?")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    result = uvlm("eval", str(two_ranks), "--shards", str(config.parent / "understand"))
+    assert result.returncode == 0, result.stderr
+    assert "over 96 questions" in result.stdout
+
+
+def test_a_run_folder_that_another_config_made_is_refused_and_nothing_is_lost(
+    config: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_ranks, run)
+    result = uvlm("launch", str(config), "--nproc=2", f"run={run}", "seed=1")
+    assert result.returncode != 0
+    assert "was written with seed=0, this config has 1" in result.stderr
+    assert len(complete(run)) == 2
+    assert (run / "model").is_dir()
+    assert "first_loss" in json.loads((run / "metrics.json").read_text())
