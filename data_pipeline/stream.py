@@ -181,7 +181,7 @@ class RowStream:
             if cursor.rejected_run >= MAX_REJECTED_RUN:
                 raise ValueError(
                     f"source {cursor.name!r} gave {cursor.rejected_run} documents in a row that cannot be used, "
-                    f"the last because: {encoded.reason}; look at it with `uvlm data verify`"
+                    f"the last because: {encoded.reason}; make its shards again without them"
                 )
 
     def _encoded(self, source: int, sample: int) -> Encoded | Rejected:

@@ -90,7 +90,7 @@ def tokenize(
         first += info.samples
     if not written:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in rejected.most_common(3))
-        raise ValueError(f"no document of {shards} could be given codes ({reasons}); look at it with `uvlm data show`")
+        raise ValueError(f"no document of {shards} could get codes ({reasons}); convert it again from other images")
     _remove_leftovers(out, {info.name for info in split.manifest.shards}, {info.name for info in written})
     write_manifest(out, written, image_tokenizer.fingerprint)
     if progress is not None:

@@ -115,7 +115,7 @@ def test_what_cannot_be_used_is_skipped_and_counted(tmp_path: Path) -> None:
 
 def test_a_source_that_gives_nothing_is_named(tmp_path: Path) -> None:
     bad = Source("bad", write_source(tmp_path / "bad", [make_document("0", ("a" * 200,))]))
-    with pytest.raises(ValueError, match=r"'bad'.*longer than a pack.*uvlm data verify"):
+    with pytest.raises(ValueError, match=r"'bad'.*longer than a pack.*make its shards again"):
         next(stream([bad], pack_tokens=32))
     write_source(tmp_path / "none", [])
     with pytest.raises(ValueError, match=r"'none'.*no documents"):
