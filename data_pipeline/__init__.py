@@ -1,1 +1,1 @@
-"""From image-text files to packs of tokens: shards, image codes, order, packing, loading. Knows nothing of training."""
+"""From image-text files to packs of tokens: shards, image codes, order, packing. Knows nothing of the trainer."""

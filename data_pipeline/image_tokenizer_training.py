@@ -48,9 +48,9 @@ CONTRAST_REACH = 5  # pixels, odd
 class ImageTraining:
     """`image_size` in pixels, a multiple of 8; the code grid has image_size / 8 codes a side."""
 
-    steps: int = 2500
+    steps: int = 2000
     image_size: int = 64
-    num_codes: int = 512
+    num_codes: int = 256
     batch_size: int = 16
     learning_rate: float = 2e-3
     contrast_weight: float = 6.0

@@ -114,7 +114,7 @@ class ImageTokenizer:
         self.codes_hw = (side, side)
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu") -> ImageTokenizer:
+    def load(cls, folder: Path | str) -> ImageTokenizer:
         """Reads a folder from disk, safetensors only: no code of the folder runs and nothing is downloaded.
 
         FileNotFoundError names a missing file, ValueError one that does not fit.
@@ -122,6 +122,7 @@ class ImageTokenizer:
         folder = Path(folder)
         fingerprint = image_tokenizer_fingerprint(folder)
         preprocessing = Preprocessing.load(folder)
+        import torch
         from transformers import JanusVQVAE
         from transformers.utils import logging
 
@@ -132,7 +133,7 @@ class ImageTokenizer:
         wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
         if wrong:
             raise ValueError(f"{folder} lacks weights or has them in another shape ({wrong[0]}); make it again")
-        return cls(model.float().to(device), preprocessing, fingerprint)
+        return cls(model.float().to("cuda" if torch.cuda.is_available() else "cpu"), preprocessing, fingerprint)
 
     def preprocess(self, image_bytes: bytes) -> np.ndarray:
         """uint8 [image_size, image_size, 3]; ValueError where the bytes cannot be decoded."""

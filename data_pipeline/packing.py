@@ -2,7 +2,7 @@
 
 Best-fit with a few open bins: a document goes where it leaves the least room; where it fits nowhere the fullest bin
 closes and becomes a pack. Packs come one at a time, never in bursts, and documents are not sorted by length, which
-would put all of one task into one step (TRAPS.md). The few open bins are the only memory, so the state of a stream
+would put all of one task into one step. The few open bins are the only memory, so the state of a stream
 stays small.
 Cost (run): fill 96.7% for documents of 165 and 71 tokens in equal number at T = 1024; `make_pack` 0.06 ms.
 

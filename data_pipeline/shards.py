@@ -32,6 +32,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from data_pipeline.files import replace_file
 from data_pipeline.schema import Document, Rejected
 
 FORMAT_VERSION = 1
@@ -66,6 +67,11 @@ class Manifest:
     @property
     def bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex characters over all shards: other documents, or the same in other shards, have another."""
+        return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest:
@@ -105,18 +111,12 @@ def write_manifest(folder: Path, shards: list[ShardInfo], image_tokenizer: str |
     manifest = Manifest(list(shards), image_tokenizer)
     record: dict[str, Any] = dataclasses.asdict(manifest)
     record.update(samples=manifest.samples, bytes=manifest.bytes)
-    _replace(Path(folder) / MANIFEST_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    replace_file(Path(folder) / MANIFEST_NAME, json.dumps(record, indent=1) + "\n")
     return manifest
 
 
 def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".idx")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 class _HashingFile:
@@ -159,9 +159,11 @@ class _OpenShard:
     def close(self) -> ShardInfo:
         self.offsets.append(self.tar.tarstream.offset)
         self.tar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.close()
         self.temporary.replace(self.path)
-        _replace(index_path(self.path), np.array(self.offsets, dtype="<u8").tobytes())
+        replace_file(index_path(self.path), np.array(self.offsets, dtype="<u8").tobytes())
         return ShardInfo(self.path.name, len(self.keys), self.hashing.num_bytes, self.hashing.sha256.hexdigest())
 
     def abort(self) -> None:

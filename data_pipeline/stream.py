@@ -66,13 +66,14 @@ def open_sources(sources: Sequence[Source], vocab: Vocab) -> list[OpenSource]:
 class _Cursor:
     """Where a row stands in a source."""
 
-    def __init__(self, opened: OpenSource, seed: int, row: int, num_rows: int, state: Mapping[str, int]) -> None:
+    def __init__(self, opened: OpenSource, seed: int, row: int, num_rows: int, state: Mapping[str, Any]) -> None:
         self.name, self.split = opened.source.name, opened.split
         self.seed, self.row, self.num_rows = seed, row, num_rows
-        if state and state["samples"] != len(self.split):
+        self.shards = self.split.manifest.fingerprint
+        if state and state["shards"] != self.shards:
             raise ValueError(
-                f"source {self.name!r} has {len(self.split)} documents and had {state['samples']} when the run was "
-                "saved; give the run its old data, or start a new run"
+                f"the shards of source {self.name!r} are not those that the run was saved with; give the run its old "
+                "data, or start a new run"
             )
         self.draws = state.get("draws", 0)  # accepted documents
         self.epoch = state.get("epoch", 0)
@@ -91,9 +92,9 @@ class _Cursor:
                 return int(self._order[self.position - 1])
             self.epoch, self.position, self._order = self.epoch + 1, 0, None
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         return {
-            "samples": len(self.split),
+            "shards": self.shards,
             "draws": self.draws,
             "epoch": self.epoch,
             "position": self.position,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.files import replace_file
 from data_pipeline.vocab import SPECIALS
 
 MIN_VOCABULARY = 256 + len(SPECIALS)  # every byte, and the specials
@@ -36,7 +37,5 @@ def train_text_tokenizer(texts: Iterable[str], path: Path, *, vocabulary: int = 
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    tokenizer.save(str(temporary))
-    temporary.replace(path)
+    replace_file(path, tokenizer.to_str(pretty=True))
     return tokenizer.get_vocab_size(with_added_tokens=True)

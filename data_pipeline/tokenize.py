@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.files import replace_file
 from data_pipeline.image_tokens import ImageTokenizer, Progress, psnr
 from data_pipeline.schema import Document, Rejected, codes_name
 from data_pipeline.shards import MANIFEST_NAME, ShardInfo, Split, check_shard, write_manifest, write_shard
@@ -51,7 +52,6 @@ def tokenize(
     *,
     batch_size: int = 64,
     min_psnr: float = MIN_PSNR,
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> TokenizeReport:
     """Writes the documents of `shards` with codes to `out`; `tokenizer` is a tokenizer folder (its `image/` is used).
@@ -67,8 +67,6 @@ def tokenize(
         raise ValueError(f"{out} holds the shards to read; name another folder for the shards with codes")
     split = Split.open(shards)
     image_tokenizer = ImageTokenizer.load(Path(tokenizer) / "image")
-    if device != "cpu":
-        image_tokenizer.model.to(device)
     report = TokenizeReport(psnr=round_trip_gate(split, image_tokenizer, min_psnr))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +115,7 @@ def round_trip_gate(split: Split, tokenizer: ImageTokenizer, min_psnr: float) ->
         raise ValueError(
             f"the image tokenizer {tokenizer.fingerprint} gives back the first {len(pictures_BHWC)} pictures of "
             f"{split.folder} with a PSNR of {mean:.1f} dB, below {min_psnr:g}; train one on pictures like these with "
-            "`uvlm tokenizer train`, or lower min_psnr"
+            "`uvlm tokenizer train`, or lower --min-psnr"
         )
     return mean
 
@@ -133,9 +131,7 @@ class _Record:
     rejected: dict[str, int]
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        temporary.replace(path)
+        replace_file(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> _Record | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipeline.files import replace_file
 from data_pipeline.image_tokens import Preprocessing, Progress, image_tokenizer_fingerprint
 from data_pipeline.schema import Document
 from data_pipeline.shards import Split
@@ -71,9 +72,7 @@ def train_tokenizers(
         "text": {"ids": text_ids, "seconds": round(text_seconds, 1)},
         "image": image_report | {"images": len(images_BHWC), "documents_rejected": num_rejected},
     }
-    temporary = out / (REPORT_NAME + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(out / REPORT_NAME)
+    replace_file(out / REPORT_NAME, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -17,6 +17,8 @@ from uvlm.engine import Engine
 class WritingEngine:
     """Stands for DeepSpeed's files, so that the order of writing can be watched without ranks."""
 
+    zero_stage = 3
+
     def __init__(self) -> None:
         self.loaded: list[str] = []
 
@@ -88,14 +90,15 @@ def test_a_checkpoint_that_died_while_it_was_written_is_never_loaded_and_later_r
     ("overrides", "vocab", "change", "sentence"),
     [
         (["seed=1"], "vocab", {}, "was written with seed=0, this config has 1; set it back"),
-        (["data.num_rows=8"], "vocab", {}, "was written with data.num_rows=4, this config has 8"),
+        (["data.num_rows=8"], "vocab", {}, "was written with data.num_rows=2, this config has 8"),
+        (["optim.weight_decay=0.2"], "vocab", {}, "was written with optim.weight_decay=0.1, this config has 0.2"),
         (["model.num_layers=5"], "vocab", {}, "was written with model="),
         (["data.train=[{path: other}]"], "vocab", {}, "was written with data.train"),
         ([], "other", {}, "was written with vocabulary='vocab', this config has 'other'"),
-        ([], "vocab", {"world_size": 2}, "was written by 2 ranks and this start has 1; start it again with 2 ranks"),
+        ([], "vocab", {"world_size": 2}, "was written by 2 ranks and this start has 1; start it with 2 ranks"),
         ([], "vocab", {"format_version": 99}, r"was written by a newer uvlm \(format 99\); update uvlm"),
     ],
-    ids=["seed", "rows", "model", "sources", "vocabulary", "ranks", "format"],
+    ids=["seed", "rows", "decay", "model", "sources", "vocabulary", "ranks", "format"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_both_values(
     config: Config, overrides: list[str], vocab: str, change: dict[str, Any], sentence: str

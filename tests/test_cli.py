@@ -56,6 +56,18 @@ def test_ranks_that_do_not_divide_the_rows_are_refused_with_numbers_that_work(co
     assert "data.num_rows=4 does not divide over 3 ranks; start 1 or 2 or 4 ranks, or set data.num_rows=6" in sentence
 
 
+def test_workers_that_do_not_divide_and_documents_beyond_the_model_are_refused(config: Path) -> None:
+    assert "set data.num_workers=4, or 0" in _refused("train", str(config), "data.num_workers=3")
+    assert "set model.max_position=8192" in _refused("train", str(config), "data.pack_tokens=8192")
+
+
+def test_tasks_of_srun_without_ranks_are_refused(config: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    assert "slurm/train.sbatch" in _refused(
+        "train", str(config), environment={**environment, "SLURM_STEP_NUM_TASKS": "2"}
+    )
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(config: Path, tmp_path: Path) -> None:
     # A model of a trillion weights needs more disk than any machine that runs this test.
     sentence = _refused("train", str(config), f"run={tmp_path / 'run'}", "model.intermediate_size=5000000000")
@@ -71,8 +83,8 @@ def test_too_little_disk_is_refused_before_anything_is_written(config: Path, tmp
         (["eval", "nowhere", "--shards", "s"], "is no run folder"),
         (["data", "convert", "vqaa", "s", "o"], "did you mean 'vqa'"),
         (["data", "convert", "vqa", "s", "o"], "s is missing"),
-        (["data", "tokenize", "s", "o", "--tokenizer", "t"], "s"),
-        (["tokenizer", "train", "s", "o"], "s"),
+        (["data", "tokenize", "nowhere", "o", "--tokenizer", "t"], "nowhere"),
+        (["tokenizer", "train", "nowhere", "o"], "nowhere"),
     ],
 )
 def test_a_folder_or_file_that_is_not_there_is_named(tmp_path: Path, command: list[str], sentence: str) -> None:
@@ -80,9 +92,16 @@ def test_a_folder_or_file_that_is_not_there_is_named(tmp_path: Path, command: li
 
 
 def test_help_names_every_command_and_needs_neither_torch_nor_deepspeed() -> None:
-    for arguments in (["--help"], ["data", "--help"], ["train", "--help"], ["demo", "--help"]):
-        result = uvlm(*arguments)
-        assert result.returncode == 0, result.stderr
+    commands = {
+        (): ["demo", "train", "launch", "eval", "ask", "generate", "data", "tokenizer"],
+        ("data",): ["convert", "tokenize"],
+        ("tokenizer",): ["train"],
+    }
+    for group, names in commands.items():
+        listed = uvlm(*group, "--help").stdout
+        for name in names:
+            assert name in listed
+            assert uvlm(*group, name, "--help").returncode == 0
     program = "import sys, uvlm.cli; print(sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

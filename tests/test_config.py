@@ -59,6 +59,12 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, sentence
         load_config(tmp_path / "c.yaml")
 
 
+def test_a_folder_of_that_name_does_not_hide_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("demo")).model.family == "qwen3"
+
+
 def test_a_config_that_does_not_exist_names_the_shipped_ones() -> None:
     with pytest.raises(ValueError, match="one of the shipped: demo"):
         load_config(Path("dmeo"))

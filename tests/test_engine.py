@@ -43,7 +43,11 @@ def test_auto_is_the_usual_function_of_the_hidden_size(config: Config) -> None:
             {"optimizer": {"type": "AdamW", "params": {"lr": 1}}},
             "sets optimizer.params.lr=1, the YAML owns it as optim.",
         ),
+        ({"bfloat16": {"enabled": True}}, "the YAML owns it as dtype='bf16'"),
         ({"zero_optimization": {"sub_group_size": "auto"}}, 'sub_group_size: "auto" is not allowed here'),
+        ({"zero_optimization": {"offload_param": {"device": "auto"}}}, 'offload_param.device: "auto" is not allowed'),
+        ({"communication_data_type": "auto"}, 'communication_data_type: "auto" is not allowed here'),
+        ({"zero_optimization": []}, "zero_optimization must be an object"),
     ],
 )
 def test_a_key_of_the_yaml_in_the_json_is_refused_with_both_values(
@@ -70,6 +74,11 @@ def test_a_file_that_is_no_deepspeed_json_is_refused(tmp_path: Path, text: str |
         path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         read_deepspeed_json(path)
+
+
+def test_a_mistyped_path_never_becomes_a_shipped_file() -> None:
+    with pytest.raises(ValueError, match="there is no DeepSpeed JSON"):
+        read_deepspeed_json(Path("my/typo/zero3.json"))
 
 
 def test_a_missing_compiler_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

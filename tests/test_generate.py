@@ -1,10 +1,11 @@
 """Drawing with a cache draws what the packed forward pass predicts, and each picture depends on its seed alone."""
 
-from pathlib import Path
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipeline.encode import Encoded, encode
 from data_pipeline.packing import make_pack
@@ -47,7 +48,7 @@ def test_the_codes_drawn_at_temperature_zero_are_the_likeliest_of_the_packed_for
         return decode(codes)
 
     monkeypatch.setattr(generator.image_tokenizer, "decode", watched)
-    generator.images(["a red thing"], [0], temperature=0.0)
+    generator.images(["a red thing"], [0], temperature=0.0, guidance=1.0)
     codes = drawn[0][0].astype(np.uint16)
 
     document = make_document("d", ("a red thing", None), task="generate", codes={"1.npy": codes})
@@ -77,11 +78,38 @@ def test_top_1_is_temperature_0(generator: Generator) -> None:
     assert not np.array_equal(generator.images(["a red thing"], [9])[0], greedy)
 
 
-def test_an_answer_is_text_even_where_the_likeliest_token_is_a_code(generator: Generator, tmp_path: Path) -> None:
-    from PIL import Image
+def test_guidance_moves_the_draw_away_from_what_comes_without_a_prompt(generator: Generator) -> None:
+    plain = generator.images(["a red thing"], [3], guidance=1.0)[0]
+    assert not np.array_equal(generator.images(["a red thing"], [3], guidance=4.0)[0], plain)
+    # With guidance 0 only the unconditional half is left, and the prompt no longer matters.
+    free = [generator.images([prompt], [3], guidance=0.0)[0] for prompt in ("a red thing", "blue")]
+    np.testing.assert_array_equal(free[0], free[1])
 
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "x.png")
-    answer = generator.answer((tmp_path / "x.png").read_bytes(), "what color is it?")
-    assert isinstance(answer, str)
+
+def test_an_answer_is_text_even_where_the_likeliest_token_is_a_code(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab = generator.vocab
+    answer = [*vocab.encode_text(" blue"), vocab.end]
+    asked: list[torch.Tensor] = []
+
+    def scripted(ids: torch.Tensor, cache: object) -> torch.Tensor:
+        asked.append(ids)
+        logits = torch.zeros(1, vocab.size)
+        logits[0, answer[len(asked) - 1]] = 1.0
+        logits[0, vocab.first_code] = 2.0  # likelier than any text
+        return logits
+
+    monkeypatch.setattr(generator, "_logits", scripted)
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(image, "PNG")
+    assert generator.answer(image.getvalue(), "what color is it?") == "blue"
+    prompt = asked[0][0].tolist()
+    assert prompt[0] == vocab.bos
+    assert prompt[1] == vocab.image_start
+    assert vocab.decode_text(prompt) == "what color is it?"
+
+
+def test_bytes_that_are_no_image_are_refused(generator: Generator) -> None:
     with pytest.raises(ValueError, match="cannot be decoded"):
         generator.answer(b"no image", "what?")

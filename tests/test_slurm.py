@@ -1,8 +1,7 @@
 """`slurm/train.sbatch` on a real Slurm: two nodes, started on this machine by `slurm_cluster.sh`.
 
-The trained program is exchanged by the same means that a user has: the cluster's `env.sh`, here one that puts
-a small `uvlm` first on the PATH. It really joins a gloo process group over both nodes. About 30 s in all
-on two cores, nearly all of it the import of torch.
+One test trains with the real `uvlm`. The others exchange the program by the same means that a user has: the cluster's
+`env.sh`, here one that puts a small `uvlm` first on the PATH. It really joins a gloo process group over both nodes.
 """
 
 import contextlib
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.corpus import write_corpus
+from uvlm.metrics import read_records
 
 pytestmark = pytest.mark.slurm
 
@@ -81,11 +83,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         subprocess.run(["bash", CLUSTER, "stop", folder], check=True, timeout=30)
 
 
-def submit(conf: Path, folder: Path, arguments: list[str], options: tuple[str, ...] = ("--nodes=2",)) -> Job:
+def submit(
+    conf: Path,
+    folder: Path,
+    arguments: list[str],
+    options: tuple[str, ...] = ("--nodes=2",),
+    program_text: str = RANK_PROGRAM,
+) -> Job:
     """Submits train.sbatch from the folder as a user would, and waits until the job has ended."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "uvlm"
-    program.write_text(RANK_PROGRAM)
+    program.write_text(program_text)
     program.chmod(0o755)
     (folder / "slurm").mkdir()
     shutil.copy(REPOSITORY / "slurm" / "env.sh", folder / "slurm")
@@ -98,10 +106,27 @@ def submit(conf: Path, folder: Path, arguments: list[str], options: tuple[str, .
     command = ["sbatch", "--parsable", "--output=out", *options, script, *arguments]
     job = subprocess.check_output(command, cwd=folder, env=environment, timeout=30, text=True).strip()
     waiting = ["bash", str(CLUSTER), "wait", str(conf.parent), job]
-    status = int(subprocess.check_output(waiting, timeout=120))
+    status = int(subprocess.check_output(waiting, timeout=400))
     out = folder / "out"
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
     return Job(status, out.read_text() if out.exists() else "", reports)
+
+
+# What `pip install` would put on the PATH.
+REAL_PROGRAM = f"""#!/usr/bin/env bash
+PYTHONPATH='{REPOSITORY}' exec '{sys.executable}' -m uvlm "$@"
+"""
+
+
+def test_a_real_training_runs_over_two_nodes(cluster: Path, tmp_path: Path) -> None:
+    config = write_corpus(tmp_path / "corpus")
+    job = submit(cluster, tmp_path, [str(config), "optim.steps=4"], program_text=REAL_PROGRAM)
+    assert job.status == 0, job.output
+    assert "2 rank(s)" in job.output
+    records = [record for record in read_records(tmp_path / "corpus" / "run") if "loss/mean" in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert (tmp_path / "corpus" / "run" / "model" / "model.safetensors").is_file()
+    assert list((tmp_path / "corpus" / "run" / "tensorboard").iterdir())
 
 
 UGLY_ARGUMENTS = [

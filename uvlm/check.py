@@ -9,6 +9,7 @@ import torch
 
 from data_pipeline.shards import Split
 from data_pipeline.vocab import Vocab
+from uvlm.attention import missing_backend
 from uvlm.config import Config
 from uvlm.engine import compiler_missing, read_deepspeed_json, resolve
 from uvlm.model import build_backbone
@@ -30,6 +31,23 @@ def check(config: Config, world_size: int) -> None:
     resolve(read_deepspeed_json(config.deepspeed), config, world_size)
     if sentence := compiler_missing():
         raise ValueError(sentence)
+    if sentence := missing_backend(config.dtype):
+        raise ValueError(sentence)
+    rows_a_rank = config.data.num_rows // world_size
+    if config.data.num_workers and rows_a_rank % config.data.num_workers:
+        raise ValueError(
+            f"data.num_workers={config.data.num_workers} does not divide the {rows_a_rank} rows of a rank; "
+            f"set data.num_workers={rows_a_rank}, or 0"
+        )
+    if config.data.pack_tokens > config.model.max_position:
+        raise ValueError(
+            f"data.pack_tokens={config.data.pack_tokens} allows longer documents than "
+            f"model.max_position={config.model.max_position}; set model.max_position={config.data.pack_tokens}"
+        )
+    for sources in (config.data.train, config.data.valid):
+        names = [source.source().name for source in sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two data sources share a name among {', '.join(names)}; give each a name of its own")
     vocab = Vocab.load(config.data.tokenizer)
     for source in [*config.data.train, *config.data.valid]:
         Split.open(source.path, image_tokenizer=vocab.image_tokenizer)
@@ -41,6 +59,8 @@ def _check_disk(config: Config, vocab_size: int) -> None:
         num_parameters = sum(p.numel() for p in build_backbone(config.model, vocab_size).parameters())
     # One more than are kept, since the new one is complete before the oldest goes; and the exported model.
     needed = num_parameters * (_CHECKPOINT_BYTES[config.dtype] * (config.checkpoint.keep + 1) + 4)
+    written = [*(config.run / "checkpoints").rglob("*"), *(config.run / "model").rglob("*")]
+    needed -= sum(path.stat().st_size for path in written if path.is_file())  # a resumed run has most of it already
     require_disk(config.run, needed, "checkpoints", "or lower checkpoint.keep")
 
 

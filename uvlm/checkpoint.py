@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from data_pipeline.files import replace_file
 from data_pipeline.loader import DataState
 from uvlm.config import Config
 from uvlm.engine import Engine
@@ -21,7 +22,16 @@ from uvlm.engine import Engine
 FORMAT_VERSION = 1
 MARKER = "state.json"
 # What a run may not change under its own checkpoints; everything else (steps, rates, logging) may.
-_FIXED = ("seed", "dtype", "model", "data.pack_tokens", "data.num_rows")
+_FIXED = (
+    "seed",
+    "dtype",
+    "model",
+    "data.pack_tokens",
+    "data.num_rows",
+    "optim.betas",
+    "optim.eps",
+    "optim.weight_decay",
+)
 
 
 class Position(NamedTuple):
@@ -54,17 +64,21 @@ def save(engine: Engine, run: Path, step: int, data_state: DataState, config: Co
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": dist.get_world_size(),
-            "fixed": _fixed(config, vocab),
+            "fixed": _fixed(config, vocab, engine.zero_stage),
             "rows": {str(row): state for part in states for row, state in part.items()},
         }
-        temporary = folder / partial / f"{MARKER}.tmp"
-        temporary.write_text(json.dumps(state))
-        temporary.replace(folder / partial / MARKER)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        replace_file(folder / partial / MARKER, json.dumps(state))
+        _remove(folder / name)
         (folder / partial).replace(folder / name)
         for old in complete(run)[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
+
+
+def _remove(checkpoint: Path) -> None:
+    """The marker goes first, so that a removal cut short leaves nothing that looks complete."""
+    (checkpoint / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def complete(run: Path) -> list[Path]:
@@ -83,7 +97,7 @@ def load_latest(engine: Engine, run: Path, config: Config, vocab: str) -> Positi
         return Position(0, None)
     newest = found[-1]
     state: dict[str, Any] = json.loads((newest / MARKER).read_text())
-    _check(state, newest, _fixed(config, vocab))
+    _check(state, newest, _fixed(config, vocab, engine.zero_stage))
     engine.load(newest.parent, newest.name)
     return Position(state["step"], {int(row): value for row, value in state["rows"].items()})
 
@@ -100,14 +114,19 @@ def _check(state: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> 
     if state["world_size"] != dist.get_world_size():
         raise ValueError(
             f"{folder} was written by {state['world_size']} ranks and this start has {dist.get_world_size()}; "
-            f"start it again with {state['world_size']} ranks"
+            f"start it with {state['world_size']} ranks: uvlm launch {folder.parent.parent / 'config.yaml'} "
+            f"--nproc {state['world_size']}"
         )
 
 
-def _fixed(config: Config, vocab: str) -> dict[str, Any]:
+def _fixed(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     sources = [[source.source().name, source.weight] for source in config.data.train]
-    values: dict[str, Any] = {"vocabulary": vocab, "data.train (name, weight)": sources}
+    values: dict[str, Any] = {
+        "vocabulary": vocab,
+        "data.train (name, weight)": sources,
+        "zero_optimization.stage": zero_stage,
+    }
     for key in _FIXED:
         value = tree
         for part in key.split("."):

@@ -14,7 +14,7 @@ import typer
 
 from uvlm.distributed import prepare_environment
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
 tokenizer = typer.Typer(no_args_is_help=True, help="Make the tokenizers of a run.")
 app.add_typer(data, name="data")
@@ -44,7 +44,7 @@ def demo(
 
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")], overrides: Overrides = None) -> None:
-    """Train, or go on from the newest checkpoint. Under torchrun or srun this is one rank; alone, one process."""
+    """Train, or go on from the newest checkpoint. Under torchrun this is one rank; alone, one process."""
     from uvlm.config import load_config
     from uvlm.train import train as run_training
 
@@ -99,15 +99,18 @@ def generate(
     text: Annotated[str, typer.Argument(help="caption, such as 'a blue circle'")],
     out: Annotated[Path, typer.Option(help="PNG to write")],
     seed: Annotated[int, typer.Option(help="another seed, another picture")] = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest code each time")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest code each time")] = 0.7,
     top_k: Annotated[int, typer.Option(min=0, help="draw among the k likeliest codes; 0 among all")] = 0,
+    guidance: Annotated[
+        float, typer.Option(help="above 1, closer to the caption; needs images without caption in training")
+    ] = 2.0,
 ) -> None:
     """Draw an image from a caption."""
     from PIL import Image
 
     from uvlm.generate import Generator
 
-    pixels = Generator.load(run).images([text], [seed], temperature, top_k)[0]
+    pixels = Generator.load(run).images([text], [seed], temperature, top_k, guidance)[0]
     Image.fromarray(pixels).save(out, format="PNG")
     print(out)
 
@@ -134,13 +137,14 @@ def tokenize(
     shards: Annotated[Path, typer.Argument(help="folder of canonical shards")],
     out: Annotated[Path, typer.Argument(help="folder of tokenized shards to write; run again to go on")],
     tokenizer: Annotated[Path, typer.Option(help="folder made by `uvlm tokenizer train`")],
+    min_psnr: Annotated[float, typer.Option(help="dB that the first images must keep after a round trip")] = 18.0,
 ) -> None:
     """Give every image its codes, so that training never runs an image encoder."""
     from data_pipeline.tokenize import tokenize as run_tokenization
     from uvlm.progress import bars
 
     with bars() as update:
-        report = run_tokenization(shards, out, tokenizer, progress=update)
+        report = run_tokenization(shards, out, tokenizer, min_psnr=min_psnr, progress=update)
     _print_rejected(report.rejected)
     print(f"{report.documents:,} documents with codes for {report.images:,} images: {out}")
 
@@ -149,7 +153,7 @@ def tokenize(
 def tokenizer_train(
     shards: Annotated[list[Path], typer.Argument(help="folders of canonical shards")],
     out: Annotated[Path, typer.Argument(help="tokenizer folder to write; run again to go on")],
-    steps: Annotated[int, typer.Option(min=1, help="updates of the image tokenizer, 16 images each")] = 2500,
+    steps: Annotated[int, typer.Option(min=1, help="updates of the image tokenizer, 16 images each")] = 2000,
 ) -> None:
     """Train a small image tokenizer (64x64 pixels, 64 codes) and a byte-level BPE on one's own data."""
     from data_pipeline.image_tokenizer_training import ImageTraining
@@ -172,7 +176,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again, what is finished is kept", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("UVLM_TRACEBACK"):

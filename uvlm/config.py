@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
@@ -19,14 +19,16 @@ from data_pipeline.schema import TASKS
 from data_pipeline.stream import Source
 from uvlm.model import ModelConfig
 from uvlm.optim import OptimConfig
-from uvlm.policies import Dense, Policy, Route
+from uvlm.policies import Dense, Policy
 from uvlm.strict import Strict
 
+_POLICIES: dict[str, type[Strict]] = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Policy)[0])}
 SHIPPED = Path(__file__).parent / "configs"
 
 
 # Relative to where the command is run; absolute from then on, so that a run folder works from anywhere.
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+DeepSpeedJson = Annotated[Path, AfterValidator(lambda path: path.absolute() if path.is_file() else path)]
 
 
 class SourceConfig(Strict):
@@ -71,14 +73,14 @@ class ValidationConfig(Strict):
 
 class Config(Strict):
     run: AbsolutePath = Field(description="run folder; point at the same folder to go on")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     model: ModelConfig
     data: DataConfig
     policy: Policy = Dense()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
     dtype: Literal["bf16", "fp32"] = "bf16"
-    deepspeed: Path = Field(default=Path("zero3.json"), description="DeepSpeed JSON: a path, or a name in ds_configs/")
+    deepspeed: DeepSpeedJson = Field(default=Path("zero3.json"), description="a path, or a name in ds_configs/")
     checkpoint: CheckpointConfig
     validation: ValidationConfig = ValidationConfig()
     log_every: int = Field(default=10, gt=0, description="steps between records in TensorBoard and metrics.jsonl")
@@ -95,7 +97,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: one sentence per mistake, each naming the key and a remedy.
     """
     shipped = SHIPPED / f"{path}.yaml"
-    if not path.exists() and shipped.exists():
+    if not path.is_file() and shipped.is_file():
         path = shipped
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
@@ -143,7 +145,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
     """One pydantic error as a sentence with a remedy."""
-    path = [part for part in error["loc"] if part not in ("dense", "route")]
+    path = list(error["loc"])
+    if path[:1] == ["policy"]:
+        path = [part for part in path if part not in _POLICIES]  # pydantic names the chosen branch of the union too
     name = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], tree)
@@ -152,7 +156,7 @@ def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"the key {name!r} is missing; add it to the YAML or give {name}=VALUE"
     if error["type"].startswith("union_tag"):
-        return f"{name}.name must be one of dense, route"
+        return f"{name}.name must be one of {', '.join(_POLICIES)}"
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
@@ -164,7 +168,7 @@ def _known_keys(path: Sequence[Any], tree: Any) -> list[str]:
         if isinstance(part, int):
             continue
         if part == "policy":
-            model = next(kind for kind in (Dense, Route) if kind.model_fields["name"].default == tree["name"])
+            model = _POLICIES[tree["name"]]
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -24,6 +24,8 @@ class World(NamedTuple):
 
 def world() -> World:
     """This process's place, from torchrun's variables; alone where there are none."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ValueError("srun started several tasks without telling them their ranks; use slurm/train.sbatch")
     values = {name: os.environ.get(name, default) for name, default in _ALONE.items()}
     try:
         place = World(int(values["RANK"]), int(values["WORLD_SIZE"]), int(values["LOCAL_RANK"]))

@@ -38,6 +38,7 @@ _OWNED_BY_YAML = {
     "gradient_accumulation_steps": "data.num_rows",
     "gradient_clipping": "optim.gradient_clipping",
     "bf16": "dtype",
+    "bfloat16": "dtype",
     "fp16": "dtype",
     "scheduler": "optim.schedule",
 }
@@ -54,8 +55,9 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     import uvlm
 
     package = Path(uvlm.__file__).parent
-    shipped = [folder / path.name for folder in (package / "ds_configs", package.parent / "ds_configs")]
-    for candidate in [path, *shipped]:
+    shipped = [package / "ds_configs" / path, package.parent / "ds_configs" / path]
+    is_plain_name = path == Path(path.name)  # a mistyped path must not silently become a file of ours
+    for candidate in [path, *shipped] if is_plain_name else [path]:
         if candidate.is_file():
             break
     else:
@@ -101,16 +103,24 @@ def resolve(tree: dict[str, Any], config: Config, world_size: int) -> dict[str, 
         "stage3_param_persistence_threshold": 10 * hidden,
     }
     zero = resolved.get("zero_optimization", {})
-    for key, value in zero.items():
-        if value == "auto":
-            if key not in automatic:
-                raise ValueError(f'zero_optimization.{key}: "auto" is not allowed here; write a value')
-            zero[key] = automatic[key]
+    if not isinstance(zero, dict):
+        raise ValueError("zero_optimization must be an object of keys and values; see ds_configs/zero3.json")
+    zero.update({key: automatic[key] for key, value in zero.items() if value == "auto" and key in automatic})
+    if left := _keys_of_auto(resolved):
+        raise ValueError(f'{left[0]}: "auto" is not allowed here; write a value')
     resolved["train_micro_batch_size_per_gpu"] = 1
     resolved["gradient_accumulation_steps"] = config.data.num_rows // world_size
     resolved["gradient_clipping"] = config.optim.gradient_clipping
     resolved["bf16"] = {"enabled": config.dtype == "bf16"}
     return resolved
+
+
+def _keys_of_auto(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = [prefix + key for key, value in tree.items() if value == "auto"]
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            keys += _keys_of_auto(value, f"{prefix}{key}.")
+    return keys
 
 
 def _clash(key: str, value: Any, owner: str, yaml_tree: dict[str, Any]) -> str:
@@ -127,6 +137,8 @@ def start() -> torch.device:
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     place = world()
+    if cuda:
+        torch.cuda.set_device(place.local_rank)
     transformers_logging.disable_progress_bar()
     # DeepSpeed still calls collectives by the names that torch renamed; the warning comes once a call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
@@ -139,10 +151,7 @@ def start() -> torch.device:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=30), verbose=False
         )
-    if cuda:
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
-    return torch.device("cpu")
+    return torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
 
 
 def _compile_shared_memory_op() -> None:
@@ -206,6 +215,10 @@ class Engine:
             group["lr"] = value
 
     @property
+    def zero_stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
+
+    @property
     def gradient_norm(self) -> float:
         """Global norm of the last update's gradients before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)
@@ -221,9 +234,11 @@ class Engine:
             self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read it back. It unpickles: only for folders that this trainer wrote."""
+        """Read it back. It unpickles: only for folders that this trainer wrote. ValueError where files are missing."""
         with _quiet():
-            self._engine.load_checkpoint(str(folder), tag=tag)
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise ValueError(f"{folder / tag} lacks files; remove it to go on from the checkpoint before it")
 
     def snapshot(self) -> PreTrainedModel | None:
         """The trained weights as a plain model in their training dtype, on rank 0; None elsewhere. All ranks call it.

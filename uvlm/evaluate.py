@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from uvlm.run_folder import load_model, read_config
 from uvlm.token_plan import TokenPlan
 
 
-def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, float]:
+def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """Answer accuracy of a run's trained model on a folder of tokenized shards; it also goes to RUN/metrics.json.
 
     Args:
@@ -36,17 +37,19 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
     config = read_config(run)
     vocab = Vocab.load(config.data.tokenizer)
     split = Split.open(shards, image_tokenizer=vocab.image_tokenizer)
-    model = UnifiedVLM(load_model(run))
-    num_right, num_documents = 0, 0
+    model = UnifiedVLM(load_model(run, vocab))
+    num_right, num_asked, num_read = 0, 0, 0
     for pack in _packs(split, vocab, config.data.pack_tokens):
         right = documents_right(model, pack)
         num_right += sum(right)
-        num_documents += len(right)
+        num_asked += len(right)
+        num_read += sum(1 for name in pack.doc_id if name)
         if progress:
-            progress("answering", num_documents, len(split))
-    if not num_documents:
+            progress("answering", num_read, len(split))
+    if not num_asked:
         raise ValueError(f"{shards} holds no document with supervised text; give a split of the understand task")
-    result = {"vqa_accuracy": num_right / num_documents, "vqa_questions": num_documents}
+    num_asked += len(split) - num_read  # what cannot be read or does not fit is not answered: it counts as wrong
+    result = {"vqa_accuracy": num_right / num_asked, "vqa_questions": num_asked, "vqa_shards": str(split.folder)}
     update_summary(run, result)
     return result
 
@@ -55,19 +58,17 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
 def documents_right(model: UnifiedVLM, pack: Pack) -> list[bool]:
     """For each document of the pack that has supervised tokens: whether all of them are the model's first choice."""
     device = next(model.parameters()).device
-    pack = pack.to(device)
-    plan = TokenPlan.of(pack, Dense(), model.num_layers).to(device)
-    supervised_T = pack.labels != -100
-    right_S = model(pack, plan).argmax(dim=-1) == pack.labels[supervised_T]
-    document_T = torch.arange(len(pack.doc_task), device=device).repeat_interleave(pack.cu_seqlens.diff())
-    document_S = document_T[supervised_T]
-    num_wrong = torch.zeros(len(pack.doc_task), device=device).index_add(0, document_S, (~right_S).float())
+    plan = TokenPlan.of(pack, Dense(), model.num_layers)
+    first_choice_S = model(pack.to(device), plan.to(device)).argmax(dim=-1).cpu()
+    is_wrong_S = (first_choice_S != pack.labels[plan.supervised]).float()
+    document_S = torch.arange(len(pack.doc_task)).repeat_interleave(pack.cu_seqlens.diff())[plan.supervised]
+    num_wrong = torch.zeros(len(pack.doc_task)).index_add(0, document_S, is_wrong_S)
     present = torch.unique(document_S)
     return (num_wrong[present] == 0).tolist()
 
 
 def _packs(split: Split, vocab: Vocab, pack_tokens: int) -> Iterator[Pack]:
-    """All documents of a split, in packs; those that do not encode or do not fit count as absent."""
+    """All documents of a split, in packs; those that do not encode or do not fit are left out."""
     for number, members in enumerate(_bins(split, vocab, pack_tokens)):
         yield make_pack(members, pack_tokens, vocab.pad, (0, number))
 

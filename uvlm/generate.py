@@ -34,7 +34,8 @@ class Generator:
     def load(run: Path) -> Generator:
         """The trained model of a run folder, on a GPU if there is one. ValueError where there is no trained model."""
         config = read_config(run)
-        return Generator(load_model(run), Vocab.load(config.data.tokenizer), config.data.tokenizer)
+        vocab = Vocab.load(config.data.tokenizer)
+        return Generator(load_model(run, vocab), vocab, config.data.tokenizer)
 
     @torch.inference_mode()
     def answer(self, image: bytes, question: str, max_tokens: int = 32) -> str:
@@ -54,15 +55,22 @@ class Generator:
 
     @torch.inference_mode()
     def images(
-        self, prompts: Sequence[str], seeds: Sequence[int], temperature: float = 1.0, top_k: int = 0
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        temperature: float = 0.7,
+        top_k: int = 0,
+        guidance: float = 2.0,
     ) -> list[np.ndarray]:
         """One picture for each (prompt, seed), uint8 [height, width, 3].
 
         Each picture draws from a generator of its own, so it does not depend on what else is in the batch.
 
         Args:
-            temperature: 0 takes the most likely code each time.
+            temperature: 0 takes the most likely code each time. The defaults suit the demo's model (docs/log.md).
             top_k: draw among this many most likely codes; 0 draws among all.
+            guidance: classifier-free guidance (arXiv 2207.12598): scores are u + guidance * (c - u), with c from the
+                prompt and u from no prompt; 1 is without. It helps a model that has also seen images alone.
         """
         encoded = [[*self._prompt(texts=(p,), images=(None,), codes={}), self.vocab.image_start] for p in prompts]
         pictures: dict[int, np.ndarray] = {}
@@ -73,19 +81,30 @@ class Generator:
                 [torch.Generator().manual_seed(seeds[i]) for i in members],
                 temperature,
                 top_k,
+                guidance,
             )
             pictures.update(zip(members, self.image_tokenizer.decode(codes), strict=True))
         return [pictures[i] for i in range(len(encoded))]
 
     def _sample(
-        self, ids_BP: torch.Tensor, generators: list[torch.Generator], temperature: float, top_k: int
+        self,
+        ids_BP: torch.Tensor,
+        generators: list[torch.Generator],
+        temperature: float,
+        top_k: int,
+        guidance: float,
     ) -> np.ndarray:
         """Codes of one image a prompt, [B, h, w]. Gumbel noise makes the arg max a draw from the softmax."""
         first, num_codes = self.vocab.first_code, self.vocab.num_codes
         height, width = self.image_tokenizer.codes_hw
         cache, codes = DynamicCache(config=self.model.config), []
+        free_cache = DynamicCache(config=self.model.config)
+        free_BP = torch.tensor([[self.vocab.bos, self.vocab.image_start]], device=ids_BP.device).expand(len(ids_BP), -1)
         for _ in range(height * width):
             scores_BC = self._logits(ids_BP, cache)[:, first : first + num_codes].float()
+            if guidance != 1.0:
+                free_BC = self._logits(free_BP, free_cache)[:, first : first + num_codes].float()
+                scores_BC = free_BC + guidance * (scores_BC - free_BC)
             if top_k:
                 smallest = scores_BC.topk(min(top_k, num_codes)).values[:, -1:]
                 scores_BC = scores_BC.masked_fill(scores_BC < smallest, -torch.inf)
@@ -94,7 +113,7 @@ class Generator:
                 scores_BC = scores_BC / temperature - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
             drawn_B = scores_BC.argmax(dim=-1)
             codes.append(drawn_B)
-            ids_BP = (drawn_B + first)[:, None]
+            ids_BP = free_BP = (drawn_B + first)[:, None]
         return torch.stack(codes, dim=1).reshape(-1, height, width).cpu().numpy()
 
     def _logits(self, ids_BP: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

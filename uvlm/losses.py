@@ -13,14 +13,15 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name for it
 
+from data_pipeline.encode import IGNORED
 from data_pipeline.packing import Pack
 from data_pipeline.schema import TASKS
 
 
 def task_ids(pack: Pack) -> torch.Tensor:
-    """Task id of each supervised token, int64 [S], in the order of the pack."""
+    """Task id of each supervised token, int64 [S], in the order of the pack. The pack is still on the host."""
     lengths = pack.cu_seqlens.diff().long()
-    return pack.doc_task.repeat_interleave(lengths)[pack.labels != -100]
+    return pack.doc_task.repeat_interleave(lengths)[pack.labels != IGNORED]
 
 
 def task_counts(packs: list[Pack]) -> torch.Tensor:
@@ -41,11 +42,11 @@ def task_scales(counts_K: torch.Tensor, weights: Mapping[str, float], num_micro_
     """What to multiply the task sums of one micro-step with before the engine's backward: fp32 [K].
 
     Args:
-        counts_K: supervised tokens by task over all ranks and micro-steps of this step.
+        counts_K: supervised tokens by task over all ranks and micro-steps of this step, on any device.
         weights: weight of each task; 1.0 where none is given.
         num_micro_batches: ranks x accumulation steps, which ZeRO and DeepSpeed divide by.
     """
-    weights_K = torch.tensor([weights.get(task, 1.0) for task in TASKS], dtype=torch.float64)
+    weights_K = torch.tensor([weights.get(task, 1.0) for task in TASKS], dtype=torch.float64, device=counts_K.device)
     return (weights_K * num_micro_batches / counts_K.clamp(min=1)).float()
 
 

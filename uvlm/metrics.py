@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.files import replace_file
+
 
 class MetricWriter:
     """Scalars and images by step. `resume_step`: optimizer steps already done when this attempt starts."""
@@ -24,10 +26,9 @@ class MetricWriter:
 
         self._path = run / "metrics.jsonl"
         kept = [record for record in read_records(run) if record["step"] <= resume_step]
-        _replace(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        replace_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         # Records carry the number of steps done, so the first new one is resume_step + 1.
-        purge_step = resume_step + 1 if resume_step else None
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=purge_step, flush_secs=20)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1, flush_secs=20)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values under `step`, the number of optimizer steps done."""
@@ -68,16 +69,10 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def update_summary(run: Path, values: Mapping[str, Any]) -> None:
     """Merge values into RUN/metrics.json, whole or not at all."""
-    _replace(run / "metrics.json", json.dumps({**read_summary(run), **values}, indent=2) + "\n")
+    replace_file(run / "metrics.json", json.dumps({**read_summary(run), **values}, indent=2) + "\n")
 
 
 def median_of(run: Path, name: str) -> float | None:
     """Median of one metric over the records that have it."""
     values = [record[name] for record in read_records(run) if name in record]
     return statistics.median(values) if values else None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

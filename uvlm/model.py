@@ -81,7 +81,7 @@ class UnifiedVLM(nn.Module):
         self.num_layers: int = backbone.config.num_hidden_layers
 
     def forward(self, pack: Pack, plan: TokenPlan) -> torch.Tensor:
-        """Logits that predict `pack.labels` wherever they are not -100: [S, V] in the model's dtype.
+        """Logits that predict `pack.labels[plan.supervised]`: [S, V] in the model's dtype.
 
         `pack` and `plan` lie on the model's device.
         """
@@ -95,7 +95,7 @@ class UnifiedVLM(nn.Module):
                 kept_K = span.kept
                 hidden_KD = self._run(hidden_TD[kept_K], cos_TH[kept_K], sin_TH[kept_K], span)
                 hidden_TD = hidden_TD.index_copy(0, kept_K, hidden_KD)
-        hidden_SD = model.norm(hidden_TD[pack.labels != -100])
+        hidden_SD = model.norm(hidden_TD[plan.supervised])
         return self.backbone.lm_head(hidden_SD)
 
     def _run(self, hidden_KD: torch.Tensor, cos_KH: torch.Tensor, sin_KH: torch.Tensor, span: Span) -> torch.Tensor:

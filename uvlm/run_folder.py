@@ -9,6 +9,7 @@ model/                                           the trained model, an ordinary 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -24,6 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from data_pipeline.files import replace_file
+from data_pipeline.vocab import Vocab
 from uvlm.config import Config, dump_config, load_config
 from uvlm.metrics import median_of, read_records, update_summary
 
@@ -33,10 +36,11 @@ _LOCK_SECONDS = 30
 def prepare(config: Config, deepspeed_config: dict[str, Any]) -> None:
     """Make the folder and write down what the run is started with."""
     config.run.mkdir(parents=True, exist_ok=True)
-    (config.run / "config.yaml").write_text(dump_config(config))
-    (config.run / "deepspeed.json").write_text(json.dumps(deepspeed_config, indent=2) + "\n")
+    replace_file(config.run / "config.yaml", dump_config(config))
+    replace_file(config.run / "deepspeed.json", json.dumps(deepspeed_config, indent=2) + "\n")
     packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
-    (config.run / "environment.txt").write_text("\n".join([f"python=={platform.python_version()}", *packages]) + "\n")
+    environment = "\n".join([f"python=={platform.python_version()}", *packages]) + "\n"
+    replace_file(config.run / "environment.txt", environment)
 
 
 def forget_results(run: Path) -> None:
@@ -58,7 +62,14 @@ def held(run: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    print(f"{run} lies on a file system without locks; take care that nothing else trains into it")
+                    break
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                if attempts_left == _LOCK_SECONDS:
+                    print(f"another training still writes to {run}; waiting for its end", flush=True)
                 if not attempts_left:
                     raise ValueError(f"another training writes to {run}; stop it, or give another run folder") from None
                 time.sleep(1)
@@ -77,22 +88,34 @@ def model_folder(run: Path) -> Path:
     """The trained model of a run; ValueError where training has not come to its end."""
     folder = run / "model"
     if not folder.is_dir():
-        raise ValueError(f"{run} has no trained model yet; run `uvlm train {run / 'config.yaml'}` to its end")
+        raise ValueError(f"{run} has no trained model yet; bring its training to its end with `uvlm launch`")
     return folder
 
 
-def load_model(run: Path) -> PreTrainedModel:
-    """The trained model of a run, in evaluation mode, on a GPU if there is one. Only safetensors are read."""
+def load_model(run: Path, vocab: Vocab) -> PreTrainedModel:
+    """The trained model of a run, in evaluation mode, on a GPU if there is one. Only safetensors are read.
+
+    ValueError where there is none, or where `vocab` is not the vocabulary it was trained with.
+    """
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_folder(run), use_safetensors=True)
+    if model.config.uvlm_vocabulary != vocab.fingerprint:
+        raise ValueError(
+            f"{run} was trained with vocabulary {model.config.uvlm_vocabulary}, its tokenizer folder now holds "
+            f"{vocab.fingerprint}; put the old tokenizer back, or train again"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def save_model(config: Config, model: PreTrainedModel) -> None:
-    """RUN/model with weights, config and text tokenizer, whole or not at all."""
+def save_model(config: Config, model: PreTrainedModel, vocab: str) -> None:
+    """RUN/model with weights, config and text tokenizer, whole or not at all.
+
+    vocab: fingerprint of the vocabulary, kept in the model's config.
+    """
     folder = config.run / "model"
     partial = config.run / ".partial_model"
     shutil.rmtree(partial, ignore_errors=True)
+    model.config.uvlm_vocabulary = vocab
     model.save_pretrained(partial)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(config.data.tokenizer / "text" / "tokenizer.json"))
     tokenizer.save_pretrained(partial)

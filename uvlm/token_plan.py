@@ -16,11 +16,13 @@ Legend: T tokens in a pack, K tokens kept in a span, N documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+
+from data_pipeline.encode import IGNORED
 
 if TYPE_CHECKING:
     from data_pipeline.packing import Pack
@@ -52,20 +54,25 @@ class Span:
     def to(self, device: torch.device) -> Span:
         kept = None if self.kept is None else self.kept.to(device, non_blocking=True)
         cu_seqlens = self.cu_seqlens.to(device, non_blocking=True)
-        return Span(self.first, self.stop, kept, cu_seqlens, self.max_seqlen)
+        return replace(self, kept=kept, cu_seqlens=cu_seqlens)
 
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Spans that cover all layers in order, and the share of token-layers that is computed."""
+    """Spans that cover all layers in order, and the share of token-layers that is computed.
+
+    supervised: int64 [S], ascending positions with a label, which alone reach the head. Known on the host, so the
+    device is never asked how many there are.
+    """
 
     spans: tuple[Span, ...]
+    supervised: torch.Tensor
     kept_share: float
     image_kept_share: float
 
     @staticmethod
     def of(pack: Pack, policy: Policy, num_layers: int, seed: int = 0) -> TokenPlan:
-        """The plan of one pack. Pure in its arguments: (seed, pack.name) seeds everything random about it."""
+        """The plan of one pack that is still on the host. Pure: (seed, pack.name) seeds everything random about it."""
         generator = np.random.default_rng([seed, *pack.name])
         num_tokens = len(pack.ids)
         bounds = pack.cu_seqlens.numpy()
@@ -88,12 +95,14 @@ class TokenPlan:
         num_image = int((pack.image_hw[:, 0] * pack.image_hw[:, 1]).sum())
         return TokenPlan(
             spans=tuple(spans),
+            supervised=torch.nonzero(pack.labels != IGNORED).flatten(),
             kept_share=1 - num_dropped / (num_layers * num_tokens),
             image_kept_share=1 - num_dropped / (num_layers * num_image) if num_image else 1.0,
         )
 
     def to(self, device: torch.device) -> TokenPlan:
-        return TokenPlan(tuple(span.to(device) for span in self.spans), self.kept_share, self.image_kept_share)
+        spans = tuple(span.to(device) for span in self.spans)
+        return replace(self, spans=spans, supervised=self.supervised.to(device, non_blocking=True))
 
 
 def _span(first: int, stop: int, keep_T: np.ndarray, bounds: np.ndarray) -> Span:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -43,21 +44,30 @@ class Window:
         self.data_wait = 0.0
         self.started = time.perf_counter()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work that is not training does not count as time of the window."""
+        started = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - started
+
     def add(self, pack: Pack, plan: TokenPlan, sums_K: torch.Tensor) -> None:
         self.nll_K += sums_K.detach()
         self.num_tokens += num_useful_tokens(pack)
         self.kept.append(plan.kept_share)
         self.image_kept.append(plan.image_kept_share)
 
-    def reduced(self) -> dict[str, float]:
-        """The record of these steps over all ranks; every rank calls it."""
+    def reduced(self, num_rejected: int) -> dict[str, float]:
+        """The record of these steps over all ranks; every rank calls it, with the documents its rows have left out."""
         seconds = time.perf_counter() - self.started
-        sums = torch.tensor([self.num_tokens, sum(self.kept), sum(self.image_kept), len(self.kept), self.data_wait])
+        sums = torch.tensor(
+            [self.num_tokens, sum(self.kept), sum(self.image_kept), len(self.kept), self.data_wait, num_rejected]
+        )
         totals = torch.cat([self.nll_K.cpu(), self.counts_K, sums.double()]).to(self.nll_K.device)
         dist.all_reduce(totals)
         num_tasks = len(TASKS)
-        nll_K, counts_K, rest = totals.cpu().split([num_tasks, num_tasks, 5])
-        num_tokens, kept, image_kept, num_packs, data_wait = rest.tolist()
+        nll_K, counts_K, rest = totals.cpu().split([num_tasks, num_tasks, len(sums)])
+        num_tokens, kept, image_kept, num_packs, data_wait, all_rejected = rest.tolist()
         losses = by_task(nll_K / counts_K.clamp(min=1), counts_K)
         return {
             "loss/mean": sum(losses.values()) / max(1, len(losses)),
@@ -66,6 +76,7 @@ class Window:
             "roles/image_kept_share": image_kept / num_packs,
             "speed/tokens_per_second": num_tokens / seconds,
             "speed/data_wait_share": data_wait / dist.get_world_size() / seconds,
+            "data/rejected_documents": all_rejected,
         }
 
 
@@ -83,13 +94,14 @@ def _train(config: Config, place: distributed.World) -> None:
     torch.manual_seed(config.seed)
     model = UnifiedVLM(build_backbone(config.model, vocab.size))
     tree = deepspeed_engine.resolve(deepspeed_engine.read_deepspeed_json(config.deepspeed), config, place.size)
-    if place.rank == 0:
-        run_folder.prepare(config, tree)
-        print(_headline(config, model, vocab, place.size), flush=True)
+    headline = _headline(config, model, vocab, place.size)
     engine = Engine(model, config, tree)
     position = checkpoint.load_latest(engine, config.run, config, vocab.fingerprint)
-    if place.rank == 0 and position.step < config.optim.steps:
-        run_folder.forget_results(config.run)
+    if place.rank == 0:
+        print(headline, flush=True)
+        run_folder.prepare(config, tree)
+        if position.step < config.optim.steps:
+            run_folder.forget_results(config.run)
     trainer = Trainer(config, engine, vocab, device)
     if place.rank != 0:
         trainer.run(position, None)
@@ -110,6 +122,7 @@ class Trainer:
         self.vocab = vocab
         self.device = device
         self.window = Window(device)
+        self.num_rejected = 0.0
 
     def run(self, position: checkpoint.Position, writer: MetricWriter | None) -> None:
         """Next, forward, backward, step, log, save."""
@@ -124,11 +137,12 @@ class Trainer:
             step += 1
             if step == 1 or step % config.log_every == 0 or step == last_step:
                 seconds_a_step = (time.perf_counter() - started) / (step - position.step)
-                self.log(step, seconds_a_step * (last_step - step), writer)
-            if due(step, config.validation.every, last_step):
-                self.validate(step, writer)
-            if due(step, config.checkpoint.every, last_step):
-                checkpoint.save(self.engine, config.run, step, data_state, config, self.vocab.fingerprint)
+                self.log(step, seconds_a_step * (last_step - step), data_state, writer)
+            with self.window.paused():
+                if due(step, config.validation.every, last_step):
+                    self.validate(step, writer)
+                if due(step, config.checkpoint.every, last_step):
+                    checkpoint.save(self.engine, config.run, step, data_state, config, self.vocab.fingerprint)
         self.finish()
 
     def train_step(self, packs: list[Pack], step: int) -> None:
@@ -137,7 +151,7 @@ class Trainer:
         self.window.counts_K += counts_K
         counts_K = counts_K.to(self.device)
         dist.all_reduce(counts_K)
-        scales_K = task_scales(counts_K.cpu(), self.config.loss.weights, self.config.data.num_rows).to(self.device)
+        scales_K = task_scales(counts_K, self.config.loss.weights, self.config.data.num_rows)
         self.engine.set_learning_rate(learning_rate(self.config.optim, step))
         for pack in packs:
             plan = TokenPlan.of(pack, self.config.policy, self.config.model.num_layers, self.config.seed)
@@ -146,8 +160,11 @@ class Trainer:
             self.engine.step()
             self.window.add(pack, plan, sums_K)
 
-    def log(self, step: int, seconds_left: float, writer: MetricWriter | None) -> None:
-        values = self.window.reduced()
+    def log(self, step: int, seconds_left: float, data_state: DataState, writer: MetricWriter | None) -> None:
+        rejected = Counter[str]()
+        for state in data_state.values():
+            rejected.update(state["rejected"])
+        values = self.window.reduced(num_rejected=rejected.total())
         values["optim/learning_rate"] = learning_rate(self.config.optim, step - 1)
         values["optim/gradient_norm"] = self.engine.gradient_norm
         values["health/skipped_steps"] = self.engine.skipped_steps
@@ -155,6 +172,9 @@ class Trainer:
         if writer:
             writer.scalars(step, values)
             losses = "  ".join(f"{name[5:]} {value:.3f}" for name, value in values.items() if name.startswith("loss/"))
+            if values["data/rejected_documents"] > self.num_rejected:
+                self.num_rejected = values["data/rejected_documents"]
+                print(f"{self.num_rejected:.0f} documents could not be used; of rank 0: {dict(rejected)}", flush=True)
             print(
                 f"step {step}/{self.config.optim.steps}  loss: {losses}  "
                 f"{values['speed/tokens_per_second']:,.0f} tokens/s  {duration(seconds_left)} left",
@@ -189,13 +209,12 @@ class Trainer:
                 )
                 writer.image(step, "generated", picture_grid(images, prompts))
         dist.barrier()
-        self.window = Window(self.device)  # the clock of the next record starts after this
 
     def finish(self) -> None:
         """Write the trained model as an ordinary folder, and the summary of the run."""
         snapshot = self.engine.snapshot()
         if snapshot:
-            run_folder.save_model(self.config, snapshot)
+            run_folder.save_model(self.config, snapshot, self.vocab.fingerprint)
             run_folder.summarise(self.config.run, self.vocab.size)
             print(f"trained model: {self.config.run / 'model'}", flush=True)
         dist.barrier()
@@ -203,9 +222,9 @@ class Trainer:
 
     def _forward(self, pack: Pack, plan: TokenPlan) -> torch.Tensor:
         """Cross-entropy summed by task over the pack's supervised tokens, fp32 [K]."""
-        pack, plan = pack.to(self.device), plan.to(self.device)
-        logits_SV = self.engine(pack, plan)
-        return task_sums(logits_SV, pack.labels[pack.labels != -100], task_ids(pack))
+        labels_S, ids_S = pack.labels[plan.supervised].to(self.device), task_ids(pack).to(self.device)
+        logits_SV = self.engine(pack.to(self.device), plan.to(self.device))
+        return task_sums(logits_SV, labels_S, ids_S)
 
     def _loader(self, sources: Sequence[SourceConfig], state: DataState | None = None) -> Loader:
         place, data = distributed.world(), self.config.data

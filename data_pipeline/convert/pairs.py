@@ -3,11 +3,14 @@
     {"image": "path.png", "caption": "a blue rectangle"}
 
 An image path is absolute or relative to the folder of the .jsonl. A document is the caption, then the image, which
-carries the loss. The reading of lines and images is shared with the other .jsonl formats.
+carries the loss. `"caption": null` is an image alone: from a few of these a model learns what images look like without
+a caption, which classifier-free guidance needs. The reading of lines and images is shared with the other .jsonl
+formats.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +27,8 @@ def read_pairs(source: Path) -> Iterator[Document | Rejected]:
         if isinstance(record, Rejected):
             yield record
             continue
-        caption = record.get("caption")
-        if not isinstance(caption, str) or not caption.strip() or not is_encodable(caption):
+        caption = record.get("caption", "")
+        if caption is not None and (not isinstance(caption, str) or not caption.strip() or not is_encodable(caption)):
             yield Rejected(key, "caption is missing or empty")
             continue
         image = read_image(key, record, source.parent)
@@ -35,10 +38,10 @@ def read_pairs(source: Path) -> Iterator[Document | Rejected]:
         name, content = image
         yield Document(
             key=key,
-            texts=(caption, None),
-            images=(None, name),
+            texts=(None,) if caption is None else (caption, None),
+            images=(name,) if caption is None else (None, name),
             task="generate",
-            loss=(False, True),
+            loss=(True,) if caption is None else (False, True),
             source=source.stem,
             meta=record_id(record),
             image_bytes={name: content},
@@ -71,7 +74,13 @@ def read_image(key: str, record: dict[str, Any], folder: Path) -> tuple[str, byt
     extension = path.suffix.removeprefix(".").lower()
     if extension not in IMAGE_EXTENSIONS:
         return Rejected(key, f"image is of an unknown type: {image}")
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        is_file = False
+    if not is_file:
         return Rejected(key, f"image is missing: {path}")
     return f"0.{extension}", path.read_bytes()
 

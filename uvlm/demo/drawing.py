@@ -1,7 +1,7 @@
 """The demo's generation test: 24 fixed prompts times 4 fixed seeds, judged by rules, and a picture of them all.
 
-Prompts and seeds are fixed here before any training. The judge is held against the real test images first: its own
-accuracy stands beside every figure it gives.
+Prompts and seeds are fixed here before any training; how to sample was chosen on other seeds (docs/log.md). The judge
+is held against the real test images: its own accuracy stands beside every figure it gives.
 """
 
 from __future__ import annotations

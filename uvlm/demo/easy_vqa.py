@@ -1,9 +1,10 @@
 """The demo's corpus: easy-VQA (github.com/vzhou842/easy-VQA, MIT), 5,000 real images and 48,248 questions on PyPI.
 
 Each image shows one shape of one colour. It becomes two kinds of document: *understand*, the image and all of its
-questions with their answers; and *generate*, a caption that its answers imply, then the image. One training image in
-twenty is held out for the validation loss. Test images never reach the tokenizer or the training set; each test
-question is a document of its own, so that no answer is seen before it is asked for.
+questions with their answers; and *generate*, a caption that its answers imply, then the image. Where the answers tell
+too little for a caption (458 of 4,000) the image stands alone: from these the model learns the unconditional half of
+guidance. One training image in twenty is held out for the validation loss. Test images never reach the tokenizer or the
+training set; each test question is a document of its own, so that no answer is seen before it is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.files import replace_file
 from uvlm.demo.judge import COLORS, SHAPES
 
 _VALID_EVERY = 20
@@ -35,7 +37,10 @@ class Picture(NamedTuple):
 
 def pictures(split: str) -> list[Picture]:
     """All pictures of "train" or "test", in the order of their ids."""
-    import easy_vqa
+    try:
+        import easy_vqa
+    except ModuleNotFoundError:
+        raise ValueError("the demo's corpus is not installed; install it: pip install 'uvlm[demo]'") from None
 
     if split == "train":
         paths, (questions, answers, ids) = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
@@ -77,10 +82,7 @@ def write_sources(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
         _write(folder / f"understand-{split}.jsonl", (_questions(p, p.questions, str(p.id)) for p in members))
-        _write(
-            folder / f"generate-{split}.jsonl",
-            ({"image": str(p.path), "caption": p.caption} for p in members if p.caption),
-        )
+        _write(folder / f"generate-{split}.jsonl", ({"image": str(p.path), "caption": p.caption} for p in members))
     _write(
         folder / "understand-test.jsonl",
         (_questions(p, (asked,), f"{p.id}-{i}") for p in pictures("test") for i, asked in enumerate(p.questions)),
@@ -92,6 +94,4 @@ def _questions(picture: Picture, questions: tuple[tuple[str, str], ...], key: st
 
 
 def _write(path: Path, lines: Iterator[dict[str, object]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))

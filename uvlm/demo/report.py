@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -10,34 +13,37 @@ from rich.table import Table
 from uvlm.metrics import read_summary
 
 _ROWS = (
-    ("answers right, of all {vqa_questions:,} test questions", "vqa_accuracy", "{:.3f}", "0.85", "0.67 blind"),
-    (
-        "pictures right, of {generated_pictures}: shape and colour",
-        "generation_accuracy",
-        "{:.3f}",
-        "0.60",
-        "0.04 chance",
-    ),
-    ("the judge itself, on real test images", "judge_accuracy", "{:.3f}", "0.99", ""),
-    ("first training loss (ln of the vocabulary: {log_vocab:.2f})", "first_loss", "{:.2f}", "", ""),
-    ("training speed, tokens/s", "tokens_per_second", "{:,.0f}", "", ""),
+    ("questions answered right, of {vqa_questions:,} about test images", "vqa_accuracy", "{:.3f}"),
+    ("  the best guess without looking at the image", None, "0.67"),
+    ("pictures with the right shape and colour, of {generated_pictures}", "generation_accuracy", "{:.3f}"),
+    ("  the judge of these pictures, on real test images", "judge_accuracy", "{:.3f}"),
+    ("first training loss", "first_loss", "{:.3f}"),
+    ("  ln of the vocabulary, which a uniform guess has", "log_vocab", "{:.3f}"),
+    ("training speed, tokens/s", "tokens_per_second", "{:,.0f}"),
 )
 
 
 def print_report(out: Path, seconds: float) -> None:
     """Print the figures of OUT/metrics.json and the two commands to try."""
     summary = read_summary(out)
-    table = Table(title="uvlm demo: one model that answers about images and draws them")
-    for heading in ("what", "measured", "goal", "for comparison"):
-        table.add_column(heading, justify="left" if heading in ("what", "for comparison") else "right")
-    for what, key, form, goal, comparison in _ROWS:
-        table.add_row(what.format(**summary), form.format(summary[key]), goal, comparison)
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(table)
+    table = Table(title="one model that answers about images and draws them")
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    for what, key, form in _ROWS:
+        table.add_row(what.format(**summary), form.format(summary[key]) if key else form)
+    Console(width=None if Console().is_terminal else 100).print(table)
     print(f"{int(seconds) // 60}:{int(seconds) % 60:02d} minutes. Pictures: {out / 'pictures.png'}")
     print("Try next:")
-    print(f'  uvlm ask {out} {_example_image()} "what color is the shape?"')
-    print(f'  uvlm generate {out} "a blue circle" --out x.png')
+    print(f"  {command('uvlm', 'ask', out, _example_image(), 'what color is the shape?')}")
+    print(f"  {command('uvlm', 'generate', out, 'a blue circle', '--out', 'x.png')}")
+
+
+def command(program: str, *arguments: object) -> str:
+    """A command to paste: the program of this very environment, and everything quoted that needs it."""
+    path = Path(sys.executable).parent / program
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return shlex.join([str(path), *map(str, arguments)])
 
 
 def _example_image() -> Path:

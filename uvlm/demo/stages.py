@@ -21,13 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from safetensors import SafetensorError
+
 from data_pipeline.convert import convert
 from data_pipeline.shards import Split, check_shard
-from uvlm import progress
+from data_pipeline.vocab import Vocab
+from uvlm import progress, run_folder
 from uvlm.check import compiler_missing, require_disk
-from uvlm.config import Config, load_config
+from uvlm.config import SHIPPED, Config, load_config
 from uvlm.demo import easy_vqa
-from uvlm.demo.report import print_report
+from uvlm.demo.report import command, print_report
 from uvlm.distributed import launch
 from uvlm.metrics import read_summary
 
@@ -70,7 +73,7 @@ def run_demo(out: Path, overrides: Sequence[str]) -> None:
         raise ValueError(sentence)
     require_disk(out, _DISK_BYTES, "shards, checkpoints and pictures", "or pass --out")
     all_overrides = [*_paths(out), *overrides]
-    demo = Demo(out, load_config(Path("demo"), all_overrides), all_overrides)
+    demo = Demo(out, load_config(SHIPPED / "demo.yaml", all_overrides), all_overrides)
     started = time.monotonic()
     for number, stage in enumerate(STAGES, 1):
         title = f"[{number}/{len(STAGES)}] {stage.title}"
@@ -156,11 +159,17 @@ class Training:
     title = f"train the model: DeepSpeed ZeRO-3, {NUM_RANKS} ranks"
 
     def is_done(self, demo: Demo) -> bool:
-        return (demo.out / "model").is_dir() and "first_loss" in read_summary(demo.out)
+        """The model is there, whole, and of this very configuration."""
+        try:
+            run_folder.load_model(demo.out, Vocab.load(demo.tokenizer))
+            same = run_folder.read_config(demo.out) == demo.config
+        except (ValueError, OSError, SafetensorError):
+            return False
+        return same and "first_loss" in read_summary(demo.out)
 
     def work(self, demo: Demo) -> None:
-        print(f"  watch it: tensorboard --logdir {demo.out / 'tensorboard'}", flush=True)
-        if code := launch(["train", "demo", *demo.overrides], NUM_RANKS):
+        print(f"  watch it: {command('tensorboard', '--logdir', demo.out / 'tensorboard')}", flush=True)
+        if code := launch(["train", str(SHIPPED / "demo.yaml"), *demo.overrides], NUM_RANKS):
             raise ValueError(f"training ended with exit code {code}, for the reason above; run the demo again to go on")
 
 
@@ -168,13 +177,16 @@ class Answers:
     title = "answer the test questions"
 
     def is_done(self, demo: Demo) -> bool:
-        return "vqa_accuracy" in read_summary(demo.out)
+        return read_summary(demo.out).get("vqa_shards") == str(self._shards(demo))
 
     def work(self, demo: Demo) -> None:
         from uvlm.evaluate import evaluate
 
         with progress.bars() as update:
-            evaluate(demo.out, demo.data / "tokens" / "understand-test", update)
+            evaluate(demo.out, self._shards(demo), update)
+
+    def _shards(self, demo: Demo) -> Path:
+        return demo.data / "tokens" / "understand-test"
 
 
 class Pictures:
@@ -208,10 +220,8 @@ def _is_whole(folder: Path, image_tokenizer: str | None = None) -> bool:
 def _paths(out: Path) -> list[str]:
     """Overrides that put the demo's config under `out`. The values are JSON: YAML reads it, whatever a path holds."""
     tokens = out / "data" / "tokens"
-    values = {
-        "run": str(out),
-        "data.tokenizer": str(out / "data" / "tokenizer"),
-        "data.train": [{"path": str(tokens / split)} for split in SPLITS if split.endswith("train")],
-        "data.valid": [{"path": str(tokens / split)} for split in SPLITS if split.endswith("valid")],
-    }
+    shipped = load_config(SHIPPED / "demo.yaml").data
+    values: dict[str, object] = {"run": str(out), "data.tokenizer": str(out / "data" / "tokenizer")}
+    for key, sources in (("data.train", shipped.train), ("data.valid", shipped.valid)):
+        values[key] = [{"path": str(tokens / source.path.name), "weight": source.weight} for source in sources]
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
