@@ -185,8 +185,9 @@ def test_a_run_folder_that_another_config_made_is_refused_and_nothing_is_lost(
     run = tmp_path / "run"
     shutil.copytree(two_ranks, run)
     result = uvlm("launch", str(config), "--nproc=2", f"run={run}", "seed=1")
-    assert result.returncode != 0
+    assert result.returncode == 1
     assert "was written with seed=0, this config has 1" in result.stderr
+    assert "Traceback" not in result.stderr
     assert len(complete(run)) == 2
     assert (run / "model").is_dir()
     for name in ("config.yaml", "deepspeed.json", "environment.txt", "metrics.json"):

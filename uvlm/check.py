@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.shards import Split
 from data_pipeline.vocab import Vocab
+from uvlm import checkpoint
 from uvlm.attention import missing_backend
 from uvlm.config import Config
-from uvlm.engine import compiler_missing, read_deepspeed_json, resolve
+from uvlm.engine import compiler_missing, read_deepspeed_json, resolve, zero_stage
 from uvlm.model import build_backbone
 
 # Weights in training dtype, and in fp32 the master copy and two Adam moments.
 _CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
 
 
-def check(config: Config, world_size: int) -> None:
-    """Raise ValueError with a remedy where the run cannot work: ranks, DeepSpeed JSON, compiler, data, disk."""
+def check(config: Config, world_size: int) -> dict[str, Any]:
+    """Raise ValueError with a remedy where the run cannot work: ranks, JSON, compiler, data, checkpoints, disk.
+
+    Returns the complete DeepSpeed config.
+    """
     if config.data.num_rows % world_size:
         num_rows = config.data.num_rows
         ranks = [str(size) for size in range(1, num_rows + 1) if num_rows % size == 0]
@@ -28,7 +33,7 @@ def check(config: Config, world_size: int) -> None:
             f"data.num_rows={num_rows} does not divide over {world_size} ranks; "
             f"start {' or '.join(ranks)} ranks, or set data.num_rows={above}"
         )
-    resolve(read_deepspeed_json(config.deepspeed), config, world_size)
+    tree = resolve(read_deepspeed_json(config.deepspeed), config, world_size)
     if sentence := compiler_missing():
         raise ValueError(sentence)
     if sentence := missing_backend(config.dtype):
@@ -51,7 +56,10 @@ def check(config: Config, world_size: int) -> None:
     vocab = Vocab.load(config.data.tokenizer)
     for source in [*config.data.train, *config.data.valid]:
         Split.open(source.path, image_tokenizer=vocab.image_tokenizer)
+    fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
+    checkpoint.check_fits(config.run, fixed, world_size)
     _check_disk(config, vocab.size)
+    return tree
 
 
 def _check_disk(config: Config, vocab_size: int) -> None:

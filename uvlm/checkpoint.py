@@ -41,14 +41,14 @@ class Position(NamedTuple):
     data_state: DataState | None
 
 
-def save(engine: Engine, run: Path, step: int, data_state: DataState, config: Config, vocab: str) -> None:
+def save(engine: Engine, config: Config, step: int, data_state: DataState, fixed: Mapping[str, Any]) -> None:
     """Write checkpoints/step_* and drop those beyond `checkpoint.keep`. All ranks call it at the same step.
 
     Args:
         data_state: state by row of this rank's rows, after the packs of step `step - 1`.
-        vocab: fingerprint of the vocabulary, which a resumed run must share.
+        fixed: what `fixed_values` gave for this run.
     """
-    folder = run / "checkpoints"
+    folder = config.run / "checkpoints"
     name = f"step_{step:08d}"
     partial = f".partial_{name}"
     if dist.get_rank() == 0:
@@ -64,13 +64,13 @@ def save(engine: Engine, run: Path, step: int, data_state: DataState, config: Co
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": dist.get_world_size(),
-            "fixed": _fixed(config, vocab, engine.zero_stage),
+            "fixed": fixed,
             "rows": {str(row): state for part in states for row, state in part.items()},
         }
         replace_file(folder / partial / MARKER, json.dumps(state))
         _remove(folder / name)
         (folder / partial).replace(folder / name)
-        for old in complete(run)[: -config.checkpoint.keep]:
+        for old in complete(config.run)[: -config.checkpoint.keep]:
             _remove(old)
     dist.barrier()
 
@@ -86,23 +86,26 @@ def complete(run: Path) -> list[Path]:
     return sorted(marker.parent for marker in (run / "checkpoints").glob(f"step_*/{MARKER}"))
 
 
-def load_latest(engine: Engine, run: Path, config: Config, vocab: str) -> Position:
+def load_latest(engine: Engine, run: Path) -> Position:
     """Bring the engine to the newest complete checkpoint, or stay at the start where there is none.
 
-    Raises:
-        ValueError: the checkpoint belongs to another configuration, world size or format; it says what to do.
+    `check_fits` comes before: what does not fit is refused before anything is built.
     """
     found = complete(run)
     if not found:
         return Position(0, None)
-    newest = found[-1]
-    state: dict[str, Any] = json.loads((newest / MARKER).read_text())
-    _check(state, newest, _fixed(config, vocab, engine.zero_stage))
-    engine.load(newest.parent, newest.name)
+    state = json.loads((found[-1] / MARKER).read_text())
+    engine.load(found[-1].parent, found[-1].name)
     return Position(state["step"], {int(row): value for row, value in state["rows"].items()})
 
 
-def _check(state: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> None:
+def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int) -> None:
+    """Raise ValueError, with both values and a remedy, where the newest checkpoint cannot go on with these."""
+    found = complete(run)
+    if not found:
+        return
+    folder = found[-1]
+    state = json.loads((folder / MARKER).read_text())
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{folder} was written by a newer uvlm (format {state['format_version']}); update uvlm")
     for key, value in fixed.items():
@@ -111,15 +114,16 @@ def _check(state: Mapping[str, Any], folder: Path, fixed: Mapping[str, Any]) -> 
                 f"{folder} was written with {key}={state['fixed'].get(key)!r}, this config has {value!r}; "
                 "set it back, or start a new run folder"
             )
-    if state["world_size"] != dist.get_world_size():
+    written_by = state["world_size"]
+    if written_by != world_size:
         raise ValueError(
-            f"{folder} was written by {state['world_size']} ranks and this start has {dist.get_world_size()}; "
-            f"start it with {state['world_size']} ranks: uvlm launch {folder.parent.parent / 'config.yaml'} "
-            f"--nproc {state['world_size']}"
+            f"{folder} was written by {written_by} ranks and this start has {world_size}; "
+            f"start it with {written_by} ranks: uvlm launch {run / 'config.yaml'} --nproc {written_by}"
         )
 
 
-def _fixed(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
+def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
+    """What a run may not change under its own checkpoints, by name. `vocab`: fingerprint of the vocabulary."""
     tree = config.model_dump(mode="json")
     sources = [[source.source().name, source.weight] for source in config.data.train]
     values: dict[str, Any] = {

@@ -115,6 +115,11 @@ def resolve(tree: dict[str, Any], config: Config, world_size: int) -> dict[str, 
     return resolved
 
 
+def zero_stage(tree: dict[str, Any]) -> int:
+    """The ZeRO stage of a complete DeepSpeed config; DeepSpeed's default is 0."""
+    return int(tree.get("zero_optimization", {}).get("stage", 0))
+
+
 def _keys_of_auto(tree: dict[str, Any], prefix: str = "") -> list[str]:
     keys = [prefix + key for key, value in tree.items() if value == "auto"]
     for key, value in tree.items():
@@ -213,10 +218,6 @@ class Engine:
     def set_learning_rate(self, value: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = value
-
-    @property
-    def zero_stage(self) -> int:
-        return int(self._engine.zero_optimization_stage())
 
     @property
     def gradient_norm(self) -> float:

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,9 +62,10 @@ class Window:
         """The record of these steps over all ranks; every rank calls it, with the documents its rows have left out."""
         seconds = time.perf_counter() - self.started
         sums = torch.tensor(
-            [self.num_tokens, sum(self.kept), sum(self.image_kept), len(self.kept), self.data_wait, num_rejected]
+            [self.num_tokens, sum(self.kept), sum(self.image_kept), len(self.kept), self.data_wait, num_rejected],
+            dtype=torch.float64,
         )
-        totals = torch.cat([self.nll_K.cpu(), self.counts_K, sums.double()]).to(self.nll_K.device)
+        totals = torch.cat([self.nll_K.cpu(), self.counts_K, sums]).to(self.nll_K.device)
         dist.all_reduce(totals)
         num_tasks = len(TASKS)
         nll_K, counts_K, rest = totals.cpu().split([num_tasks, num_tasks, len(sums)])
@@ -83,26 +85,26 @@ class Window:
 def train(config: Config) -> None:
     """Run to `optim.steps`, from the newest checkpoint of the run folder if it has one. Every rank calls this."""
     place = distributed.world()
-    check(config, place.size)
+    tree = check(config, place.size)
     with run_folder.held(config.run) if place.rank == 0 else contextlib.nullcontext():
-        _train(config, place)
+        _train(config, tree, place)
 
 
-def _train(config: Config, place: distributed.World) -> None:
+def _train(config: Config, tree: dict[str, Any], place: distributed.World) -> None:
     device = deepspeed_engine.start()
     vocab = Vocab.load(config.data.tokenizer)
     torch.manual_seed(config.seed)
     model = UnifiedVLM(build_backbone(config.model, vocab.size))
-    tree = deepspeed_engine.resolve(deepspeed_engine.read_deepspeed_json(config.deepspeed), config, place.size)
     headline = _headline(config, model, vocab, place.size)
     engine = Engine(model, config, tree)
-    position = checkpoint.load_latest(engine, config.run, config, vocab.fingerprint)
+    position = checkpoint.load_latest(engine, config.run)
     if place.rank == 0:
         print(headline, flush=True)
         run_folder.prepare(config, tree)
         if position.step < config.optim.steps:
             run_folder.forget_results(config.run)
-    trainer = Trainer(config, engine, vocab, device)
+    fixed = checkpoint.fixed_values(config, vocab.fingerprint, deepspeed_engine.zero_stage(tree))
+    trainer = Trainer(config, engine, vocab, device, fixed)
     if place.rank != 0:
         trainer.run(position, None)
         return
@@ -116,11 +118,14 @@ def _train(config: Config, place: distributed.World) -> None:
 class Trainer:
     """The loop and what each of its steps needs. The writer is None on every rank but 0."""
 
-    def __init__(self, config: Config, engine: Engine, vocab: Vocab, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, vocab: Vocab, device: torch.device, fixed: dict[str, Any]
+    ) -> None:
         self.config = config
         self.engine = engine
         self.vocab = vocab
         self.device = device
+        self.fixed = fixed
         self.window = Window(device)
         self.num_rejected = 0.0
 
@@ -142,7 +147,7 @@ class Trainer:
                 if due(step, config.validation.every, last_step):
                     self.validate(step, writer)
                 if due(step, config.checkpoint.every, last_step):
-                    checkpoint.save(self.engine, config.run, step, data_state, config, self.vocab.fingerprint)
+                    checkpoint.save(self.engine, config, step, data_state, self.fixed)
         self.finish()
 
     def train_step(self, packs: list[Pack], step: int) -> None:
@@ -204,9 +209,8 @@ class Trainer:
                 from uvlm.pictures import picture_grid
 
                 prompts = self.config.validation.prompts
-                images = Generator(snapshot, self.vocab, self.config.data.tokenizer).images(
-                    prompts, range(len(prompts))
-                )
+                generator = Generator(snapshot.to(self.device), self.vocab, self.config.data.tokenizer)
+                images = generator.images(prompts, range(len(prompts)))
                 writer.image(step, "generated", picture_grid(images, prompts))
         dist.barrier()
 
