@@ -104,7 +104,7 @@ STOPS = [
     r"\[2/7\]",
     r"image tokenizer: ",
     r"\[4/7\]",
-    r"tokenize: ",
+    r"understand-train: 3,800 images",
     r"\[5/7\]",
     r"step 2/",
     r"step 8/",

@@ -36,7 +36,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder of the demo; run again to go on")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
-    """Data to picture on this machine: real images, two ranks, ZeRO-3, about ten minutes. Nothing to configure."""
+    """Data to picture on this machine: real images, two ranks, ZeRO-3, about twelve minutes. Nothing to configure."""
     from uvlm.demo.stages import run_demo
 
     run_demo(out, overrides or [])
