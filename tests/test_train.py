@@ -1,7 +1,11 @@
 """Training by real ranks under DeepSpeed ZeRO-3: the number of ranks and an interruption change nothing."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,3 +196,35 @@ def test_a_run_folder_that_another_config_made_is_refused_and_nothing_is_lost(
     assert (run / "model").is_dir()
     for name in ("config.yaml", "deepspeed.json", "environment.txt", "metrics.json"):
         assert (run / name).read_bytes() == (two_ranks / name).read_bytes()
+
+
+def test_an_interrupt_ends_all_ranks_without_a_stack_trace_and_says_what_to_do(config: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "uvlm",
+        "launch",
+        str(config),
+        "--nproc=2",
+        f"run={tmp_path}",
+        "optim.steps=100000",
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of its own, which is what a terminal interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as training:
+        assert training.stdout is not None
+        output = ""
+        for line in training.stdout:
+            output += line
+            if "step 3/" in line:
+                os.killpg(training.pid, signal.SIGINT)
+                break
+        output += training.stdout.read()  # ends when the last rank has closed it
+    assert training.returncode == 130, output
+    assert "Traceback" not in output
+    assert "interrupted; run the same command again" in output

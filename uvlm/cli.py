@@ -175,9 +175,10 @@ def main() -> None:
     prepare_environment()
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again, what is finished is kept", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130 and "RANK" not in os.environ:  # typer's code for an interrupt; one of us tells it
+            print("interrupted; run the same command again, what is finished is kept", file=sys.stderr)
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("UVLM_TRACEBACK"):
             raise

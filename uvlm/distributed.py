@@ -65,7 +65,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     environment = dict(os.environ)
     num_cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, "-m", "uvlm.torchrun", "--nnodes=1", f"--nproc-per-node={num_processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "uvlm", *arguments]
     with subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent) as torchrun:
         try:

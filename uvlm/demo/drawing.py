@@ -27,7 +27,7 @@ def draw_and_judge(run: Path) -> None:
     prompts = [f"a {verdict.color} {verdict.shape}" for verdict in wanted]
     images = Generator.load(run).images(prompts, [seed for _ in WANTED for seed in SEEDS])
     right = [judge(image) == verdict for image, verdict in zip(images, wanted, strict=True)]
-    marks = ["" if is_right else "  \N{MULTIPLICATION SIGN}" for is_right in right]
+    marks = ["" if is_right else "  x" for is_right in right]
     captions = [prompt + mark for prompt, mark in zip(prompts, marks, strict=True)]
     Image.fromarray(picture_grid(images, captions)).save(run / "pictures.png")
     update_summary(
