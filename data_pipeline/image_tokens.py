@@ -67,7 +67,7 @@ class Preprocessing:
 
     def apply(self, image_bytes: bytes) -> np.ndarray:
         """Any picture that Pillow reads as uint8 [H, W, 3], transparent parts white. ValueError if unreadable."""
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
             with Image.open(io.BytesIO(image_bytes)) as opened:
@@ -77,7 +77,10 @@ class Preprocessing:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
         except Exception as error:  # damaged bytes show as almost any error, and nothing here touches a disk
-            raise ValueError(f"image cannot be decoded: {type(error).__name__}: {error}") from None
+            reason = (
+                "no known format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+            )
+            raise ValueError(f"image cannot be decoded: {reason}") from None
         if image.size != (self.image_size, self.image_size):
             image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
         return np.array(image, dtype=np.uint8)
@@ -123,13 +126,17 @@ class ImageTokenizer:
         fingerprint = image_tokenizer_fingerprint(folder)
         preprocessing = Preprocessing.load(folder)
         import torch
+        from safetensors import SafetensorError
         from transformers import JanusVQVAE
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a bar for a file of a few megabytes would tear through the caller's own
-        model, loading = JanusVQVAE.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        try:
+            model, loading = JanusVQVAE.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {folder} are damaged ({error}); make the tokenizer again") from error
         wrong = [*loading["missing_keys"], *loading["mismatched_keys"]]
         if wrong:
             raise ValueError(f"{folder} lacks weights or has them in another shape ({wrong[0]}); make it again")

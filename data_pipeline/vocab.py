@@ -101,8 +101,11 @@ class Vocab:
         self.__init__(tokenizer, state["num_codes"], state["image_tokenizer"])  # type: ignore[misc]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids below num_text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids below num_text. ValueError for half a surrogate pair, which undecodable bytes of a shell become."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError(f"the text {text!r} is not valid Unicode; give it in UTF-8") from None
 
     def decode_text(self, ids: Iterable[int]) -> str:
         """The text of the text tokens among `ids`; specials and image codes are left out."""

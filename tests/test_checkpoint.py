@@ -97,9 +97,10 @@ def test_a_checkpoint_that_died_while_it_was_written_is_never_loaded_and_later_r
         ([], "other", {}, "was written with vocabulary='vocab', this config has 'other'"),
         ([], "vocab", {"fixed": {}}, "this config has"),
         ([], "vocab", {"world_size": 2}, "was written by 2 ranks and this start has 1; start it with 2 ranks"),
+        ([], "vocab", {"step": 9}, "has more steps than optim.steps=5; set optim.steps to 9 or more"),
         ([], "vocab", {"format_version": 99}, r"was written by a newer uvlm \(format 99\); update uvlm"),
     ],
-    ids=["seed", "rows", "decay", "model", "sources", "vocabulary", "nothing", "ranks", "format"],
+    ids=["seed", "rows", "decay", "model", "sources", "vocabulary", "nothing", "ranks", "steps", "format"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_both_values(
     config: Config, overrides: list[str], vocab: str, change: dict[str, Any], sentence: str
@@ -109,10 +110,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_values(
     marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
     other = load_config(Path("demo"), [f"run={config.run}", *overrides])
     with pytest.raises(ValueError, match=sentence):
-        check_fits(other.run, fixed_values(other, vocab, 3), world_size=1)
+        check_fits(other.run, fixed_values(other, vocab, 3), world_size=1, last_step=5)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}'])
+def test_a_damaged_marker_is_refused_with_the_way_back(config: Config, text: str) -> None:
+    _save(config, 1)
+    (complete(config.run)[-1] / MARKER).write_text(text)
+    with pytest.raises(ValueError, match=r"state.json is damaged; remove .*step_00000001 to go on from"):
+        _load(config)
 
 
 def test_what_may_change_within_a_run_may_change(config: Config) -> None:
     _save(config, 1)
     other = load_config(Path("demo"), [f"run={config.run}", "optim.steps=9999", "log_every=3"])
-    check_fits(other.run, fixed_values(other, "vocab", 3), world_size=1)
+    check_fits(other.run, fixed_values(other, "vocab", 3), world_size=1, last_step=5)

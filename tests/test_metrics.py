@@ -23,7 +23,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2.0}\n{"step": 2, "a')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2.0}\nno json\n3\n{"step": 2, "a')
     assert read_records(tmp_path) == [{"step": 1, "a": 2.0}]
     with MetricWriter(tmp_path, 1) as writer:
         writer.scalars(2, {"a": 3.0})

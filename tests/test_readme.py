@@ -53,7 +53,8 @@ def test_every_command_of_the_readme_runs(repository: Path, folder: Path) -> Non
     commands = _commands(repository)
     assert len(commands) >= 10
     ran = 0
-    for command in commands:
+    # The demo's commands stand first in the README; here its run is the one that the others train.
+    for command in sorted(commands, key=lambda command: "runs/demo" in command):
         for name, smaller in SMALLER.items():
             command = command.replace(name, smaller)
         program, *arguments = shlex.split(command)

@@ -53,11 +53,13 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
         names = [source.source().name for source in sources]
         if len(set(names)) < len(names):
             raise ValueError(f"two data sources share a name among {', '.join(names)}; give each a name of its own")
+    if config.run.exists() and not config.run.is_dir():
+        raise ValueError(f"run={config.run} is a file; give the path of a folder")
     vocab = Vocab.load(config.data.tokenizer)
     for source in [*config.data.train, *config.data.valid]:
         Split.open(source.path, image_tokenizer=vocab.image_tokenizer)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
-    checkpoint.check_fits(config.run, fixed, world_size)
+    checkpoint.check_fits(config.run, fixed, world_size, config.optim.steps)
     _check_disk(config, vocab.size)
     return tree
 

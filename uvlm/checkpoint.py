@@ -94,18 +94,28 @@ def load_latest(engine: Engine, run: Path) -> Position:
     found = complete(run)
     if not found:
         return Position(0, None)
-    state = json.loads((found[-1] / MARKER).read_text())
+    state = _read(found[-1])
     engine.load(found[-1].parent, found[-1].name)
     return Position(state["step"], {int(row): value for row, value in state["rows"].items()})
 
 
-def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int) -> None:
+def _read(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / MARKER).read_text())
+        if isinstance(state, dict) and {"format_version", "step", "world_size", "fixed", "rows"} <= set(state):
+            return state
+    except ValueError:
+        pass
+    raise ValueError(f"{checkpoint / MARKER} is damaged; remove {checkpoint} to go on from the checkpoint before it")
+
+
+def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int, last_step: int) -> None:
     """Raise ValueError, with both values and a remedy, where the newest checkpoint cannot go on with these."""
     found = complete(run)
     if not found:
         return
     folder = found[-1]
-    state = json.loads((folder / MARKER).read_text())
+    state = _read(folder)
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{folder} was written by a newer uvlm (format {state['format_version']}); update uvlm")
     for key, value in fixed.items():
@@ -114,6 +124,11 @@ def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int) -> None:
                 f"{folder} was written with {key}={state['fixed'].get(key)!r}, this config has {value!r}; "
                 "set it back, or start a new run folder"
             )
+    if state["step"] > last_step:
+        raise ValueError(
+            f"{folder} has more steps than optim.steps={last_step}; set optim.steps to {state['step']} or more, "
+            "or start a new run folder"
+        )
     written_by = state["world_size"]
     if written_by != world_size:
         raise ValueError(

@@ -76,6 +76,8 @@ def evaluate(
 
     with bars() as update:
         result = measure(run, shards, update)
+    if unreadable := result["vqa_unreadable"]:
+        print(f"{unreadable:,} documents could not be read or are too long; they count as wrong")
     print(f"answer accuracy {result['vqa_accuracy']:.4f} over {result['vqa_questions']:,} questions")
 
 
@@ -98,7 +100,7 @@ def generate(
     run: Run,
     text: Annotated[str, typer.Argument(help="caption, such as 'a blue circle'")],
     out: Annotated[Path, typer.Option(help="PNG to write")],
-    seed: Annotated[int, typer.Option(help="another seed, another picture")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="another seed, another picture")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest code each time")] = 0.7,
     top_k: Annotated[int, typer.Option(min=0, help="draw among the k likeliest codes; 0 among all")] = 0,
     guidance: Annotated[
@@ -110,6 +112,8 @@ def generate(
 
     from uvlm.generate import Generator
 
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out}; give a file name that ends in .png, in a folder that exists")
     pixels = Generator.load(run).images([text], [seed], temperature, top_k, guidance)[0]
     Image.fromarray(pixels).save(out, format="PNG")
     print(out)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import warnings
@@ -236,10 +237,14 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Read it back. It unpickles: only for folders that this trainer wrote. ValueError where files are missing."""
-        with _quiet():
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        remedy = f"remove {folder / tag} to go on from the checkpoint before it"
+        try:
+            with _quiet():
+                loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{folder / tag} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
         if loaded is None:
-            raise ValueError(f"{folder / tag} lacks files; remove it to go on from the checkpoint before it")
+            raise ValueError(f"{folder / tag} lacks files; {remedy}")
 
     def snapshot(self) -> PreTrainedModel | None:
         """The trained weights as a plain model in their training dtype, on rank 0; None elsewhere. All ranks call it.

@@ -48,8 +48,14 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
             progress("answering", num_read, len(split))
     if not num_asked:
         raise ValueError(f"{shards} holds no document with supervised text; give a split of the understand task")
-    num_asked += len(split) - num_read  # what cannot be read or does not fit is not answered: it counts as wrong
-    result = {"vqa_accuracy": num_right / num_asked, "vqa_questions": num_asked, "vqa_shards": str(split.folder)}
+    num_unreadable = len(split) - num_read  # not answered, so wrong
+    num_asked += num_unreadable
+    result = {
+        "vqa_accuracy": num_right / num_asked,
+        "vqa_questions": num_asked,
+        "vqa_unreadable": num_unreadable,
+        "vqa_shards": str(split.folder),
+    }
     update_summary(run, result)
     return result
 

@@ -136,6 +136,11 @@ class Generator:
             image_bytes={},
             codes=codes,
         )
+        if not any(texts_of := [text.strip() for text in texts if text is not None]):
+            raise ValueError("the text is empty; say what you ask for")
         encoded = encode(document, self.vocab)
         assert isinstance(encoded, Encoded), encoded
+        longest = self.model.config.max_position_embeddings
+        if len(encoded) > longest:
+            raise ValueError(f"the text {texts_of[0][:40]!r}... is too long: the model handles {longest} tokens")
         return encoded.ids[:-1].tolist()

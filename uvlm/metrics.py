@@ -54,17 +54,25 @@ class MetricWriter:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """All complete lines of metrics.jsonl; a line cut by a crash is left out."""
+    """The records of metrics.jsonl; a line that is none, cut by a crash say, is left out: no log may stop a run."""
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = (_object(line) for line in lines)
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 def read_summary(run: Path) -> dict[str, Any]:
+    """RUN/metrics.json; empty where it is not there or damaged."""
     path = run / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _object(path.read_bytes()) if path.exists() else {}
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def update_summary(run: Path, values: Mapping[str, Any]) -> None:

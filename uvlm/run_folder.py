@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -98,11 +99,19 @@ def load_model(run: Path, vocab: Vocab) -> PreTrainedModel:
     ValueError where there is none, or where `vocab` is not the vocabulary it was trained with.
     """
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(model_folder(run), use_safetensors=True)
-    if model.config.uvlm_vocabulary != vocab.fingerprint:
+    folder = model_folder(run)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{run} was trained with vocabulary {model.config.uvlm_vocabulary}, its tokenizer folder now holds "
-            f"{vocab.fingerprint}; put the old tokenizer back, or train again"
+            f"{folder} is damaged ({str(error).splitlines()[0]}); start the training again, which writes the model "
+            "from its last checkpoint"
+        ) from error
+    trained_with = getattr(model.config, "uvlm_vocabulary", None)
+    if trained_with != vocab.fingerprint:
+        raise ValueError(
+            f"{run} was trained with vocabulary {trained_with}, its tokenizer folder now holds {vocab.fingerprint}; "
+            "put the old tokenizer back, or train again"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -98,42 +98,50 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World) -> No
     headline = _headline(config, model, vocab, place.size)
     engine = Engine(model, config, tree)
     position = checkpoint.load_latest(engine, config.run)
-    if place.rank == 0:
-        print(headline, flush=True)
-        run_folder.prepare(config, tree)
-        if position.step < config.optim.steps:
-            run_folder.forget_results(config.run)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, deepspeed_engine.zero_stage(tree))
-    trainer = Trainer(config, engine, vocab, device, fixed)
+    trainer = Trainer(config, engine, vocab, device, fixed, position)
+    # Nothing has been written yet: whatever could refuse this start has had its say.
     if place.rank != 0:
-        trainer.run(position, None)
+        trainer.run(None)
         return
+    print(headline, flush=True)
+    run_folder.prepare(config, tree)
+    if position.step < config.optim.steps:
+        run_folder.forget_results(config.run)
     with MetricWriter(config.run, position.step) as writer:
         if position.step:
             print(f"resumed at step {position.step} of {config.optim.steps}", flush=True)
         writer.text(position.step, "config", f"```yaml\n{dump_config(config)}```")
-        trainer.run(position, writer)
+        trainer.run(writer)
 
 
 class Trainer:
     """The loop and what each of its steps needs. The writer is None on every rank but 0."""
 
     def __init__(
-        self, config: Config, engine: Engine, vocab: Vocab, device: torch.device, fixed: dict[str, Any]
+        self,
+        config: Config,
+        engine: Engine,
+        vocab: Vocab,
+        device: torch.device,
+        fixed: dict[str, Any],
+        position: checkpoint.Position,
     ) -> None:
         self.config = config
         self.engine = engine
         self.vocab = vocab
         self.device = device
         self.fixed = fixed
+        self.first_step = position.step
+        self.loader = self._loader(config.data.train, position.data_state)
         self.window = Window(device)
         self.num_rejected = 0.0
 
-    def run(self, position: checkpoint.Position, writer: MetricWriter | None) -> None:
+    def run(self, writer: MetricWriter | None) -> None:
         """Next, forward, backward, step, log, save."""
-        config, step, last_step = self.config, position.step, self.config.optim.steps
+        config, step, last_step = self.config, self.first_step, self.config.optim.steps
         started = time.perf_counter()
-        batches = iter(self._loader(config.data.train, position.data_state))
+        batches = iter(self.loader)
         while step < last_step:
             waited = time.perf_counter()
             packs, data_state = next(batches)
@@ -141,7 +149,7 @@ class Trainer:
             self.train_step(packs, step)
             step += 1
             if step == 1 or step % config.log_every == 0 or step == last_step:
-                seconds_a_step = (time.perf_counter() - started) / (step - position.step)
+                seconds_a_step = (time.perf_counter() - started) / (step - self.first_step)
                 self.log(step, seconds_a_step * (last_step - step), data_state, writer)
             with self.window.paused():
                 if due(step, config.validation.every, last_step):

@@ -47,16 +47,27 @@ def convert(
         raise FileNotFoundError(f"{source} is missing or not a file; format {format_name!r} reads a .jsonl file")
     rejected: Counter[str] = Counter()
     num_in = 0
-    with ShardWriter(out, samples_per_shard) as writer:
+
+    def usable() -> Iterator[Document]:
+        nonlocal num_in
         for document in FORMATS[format_name](source):
             num_in += 1
+            if progress is not None:
+                progress(num_in)
             if isinstance(document, Rejected):
                 rejected[document.category] += 1
             else:
-                writer.write(document)
-            if progress is not None:
-                progress(num_in)
-        if sum(rejected.values()) == num_in:
-            reasons = ", ".join(f"{category} ({count})" for category, count in rejected.items()) or "it is empty"
-            raise ValueError(f"{source} holds no document that can be used: {reasons}")
+                yield document
+
+    documents = usable()
+    first = next(documents, None)  # before the writer, which takes away what a finished folder has
+    if first is None:
+        reasons = ", ".join(f"{category} ({count})" for category, count in rejected.items()) or "it is empty"
+        raise ValueError(f"{source} holds no document that can be used: {reasons}")
+    if Path(out).is_file():
+        raise ValueError(f"{out} is a file; give the path of a folder for the shards")
+    with ShardWriter(out, samples_per_shard) as writer:
+        writer.write(first)
+        for document in documents:
+            writer.write(document)
     return ConvertReport(num_in, num_in - sum(rejected.values()), dict(rejected))
