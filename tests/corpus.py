@@ -21,14 +21,14 @@ from tests.test_vocab import make_tokenizer
 NUM_DOCUMENTS = 96
 
 
-def write_corpus(folder: Path, seed: int = 0) -> Path:
+def write_corpus(folder: Path, seed: int = 0, samples_per_shard: int = 32) -> Path:
     """FOLDER/tokenizer, FOLDER/understand, FOLDER/generate and a config that trains a tiny model on them."""
     make_folder(folder / "tokenizer" / "image", seed)
     (folder / "tokenizer" / "text").mkdir()
     make_tokenizer().save(str(folder / "tokenizer" / "text" / "tokenizer.json"))
     vocab = Vocab.load(folder / "tokenizer")
     for task in ("understand", "generate"):
-        with ShardWriter(folder / task, 32, image_tokenizer=vocab.image_tokenizer) as writer:
+        with ShardWriter(folder / task, samples_per_shard, image_tokenizer=vocab.image_tokenizer) as writer:
             for document in _documents(task, vocab.num_codes):
                 writer.write(document)
     config = {

@@ -121,3 +121,14 @@ def test_every_format_yields_documents_or_rejections(tmp_path: Path) -> None:
     source = write_lines(tmp_path, {"image": "a.PNG"}, {"image": "a.PNG", "caption": "c", "questions": [["q", "a"]]})
     for read in FORMATS.values():
         assert [type(item) for item in read(source)] == [Rejected, Document]
+
+
+def test_a_conversion_that_finds_nothing_leaves_a_finished_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.PNG").write_bytes(b"png")
+    source = write_lines(tmp_path, {"image": "a.PNG", "caption": "a circle"})
+    convert("pairs", source, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    source.write_text("no json\n")
+    with pytest.raises(ValueError, match="no document that can be used"):
+        convert("pairs", source, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -228,3 +228,36 @@ def test_an_interrupt_ends_all_ranks_without_a_stack_trace_and_says_what_to_do(c
     assert training.returncode == 130, output
     assert "Traceback" not in output
     assert "interrupted; run the same command again" in output
+
+
+def test_a_start_that_finds_other_data_is_refused_and_the_finished_model_stays(
+    config: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(two_ranks, tmp_path / "run")
+    other = write_corpus(tmp_path / "other", samples_per_shard=7)  # the same documents, cut otherwise
+    data = load_config(other).data
+    sources = [{"path": str(source.path), "weight": source.weight} for source in data.train]
+    result = uvlm(
+        "launch",
+        str(config),
+        "--nproc=2",
+        f"run={tmp_path / 'run'}",
+        f"data.train={json.dumps(sources)}",
+        "optim.steps=25",
+    )
+    assert result.returncode != 0
+    assert "shards of source 'understand' are not those that the run was saved with" in result.stderr
+    assert "Traceback" not in result.stderr
+    for name in ("model/model.safetensors", "metrics.json", "metrics.jsonl", "config.yaml"):
+        assert (tmp_path / "run" / name).read_bytes() == (two_ranks / name).read_bytes()
+
+
+def test_a_model_that_is_cut_is_named_with_the_way_back(two_ranks: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_ranks, tmp_path / "run")
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = uvlm("generate", str(tmp_path / "run"), "a red thing", "--out", str(tmp_path / "x.png"))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "is damaged" in result.stderr
+    assert "start the training again" in result.stderr
