@@ -302,7 +302,7 @@ class Split:
         return {"folder": self.folder, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], state["manifest"])  # type: ignore[misc]
+        self.__init__(state["folder"], state["manifest"])  # type: ignore[misc]  # the constructor checks and derives
 
     def __del__(self) -> None:
         for file, _ in self._files.values():

@@ -98,7 +98,7 @@ class Vocab:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer = Tokenizer.from_str(state["tokenizer"])
-        self.__init__(tokenizer, state["num_codes"], state["image_tokenizer"])  # type: ignore[misc]
+        self.__init__(tokenizer, state["num_codes"], state["image_tokenizer"])  # type: ignore[misc]  # see above
 
     def encode_text(self, text: str) -> list[int]:
         """Ids below num_text. ValueError for half a surrogate pair, which undecodable bytes of a shell become."""

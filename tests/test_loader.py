@@ -93,7 +93,7 @@ def test_resume_on_another_shape_gives_the_same_batches(
 
 def test_the_streams_can_be_sent_to_a_spawned_worker(sources: list[Source]) -> None:
     loader = Loader(sources, VOCAB, pack_tokens=128, num_rows=NUM_ROWS, seed=5)
-    items = iter(pickle.loads(pickle.dumps(loader._rows)))  # noqa: S301
+    items = iter(pickle.loads(pickle.dumps(loader._rows)))  # noqa: S301  our own bytes
     packs, _ = uninterrupted(tuple(sources))[0]
     for row in range(NUM_ROWS):
         assert_equal(next(items)[1], packs[row])

@@ -117,6 +117,6 @@ def test_a_full_pack_has_no_tail_and_an_imageless_one_no_images() -> None:
 def test_a_pack_between_processes_stays_the_same_and_holds_no_shared_memory() -> None:
     pack = make_pack([make_encoded(3)], 8, PAD, (0, 0))
     assert not any(isinstance(value, torch.Tensor) for value in pack.__getstate__().values())
-    again = pickle.loads(pickle.dumps(pack))  # noqa: S301
+    again = pickle.loads(pickle.dumps(pack))  # noqa: S301  our own bytes
     assert_equal(again, pack)
     again.ids[0] = 1  # stays writable

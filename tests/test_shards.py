@@ -89,7 +89,7 @@ def test_a_split_works_after_pickling_and_after_a_fork(tmp_path: Path) -> None:
     documents = write(tmp_path)
     split = Split.open(tmp_path)
     read(split, 0)
-    assert read(pickle.loads(pickle.dumps(split)), 3).key == documents[3].key  # noqa: S301
+    assert read(pickle.loads(pickle.dumps(split)), 3).key == documents[3].key  # noqa: S301  our own bytes
     child = os.fork()
     if child == 0:
         os._exit(0 if all(read(split, i).key == documents[i].key for i in range(5)) else 1)
@@ -107,7 +107,7 @@ def test_more_shards_than_file_handles_can_be_read(tmp_path: Path, monkeypatch: 
 
 def test_an_interrupted_writer_leaves_no_manifest_and_the_next_one_repairs(tmp_path: Path) -> None:
     write(tmp_path)
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 1) as writer:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 1) as writer:  # noqa: PT012  the interrupt falls inside the block
         for i in range(3):
             writer.write(make_document(str(i)))
         raise KeyboardInterrupt

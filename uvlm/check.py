@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.shards import Split
+from data_pipeline.stream import open_sources
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint
 from uvlm.attention import missing_backend
@@ -49,15 +49,11 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
             f"data.pack_tokens={config.data.pack_tokens} allows longer documents than "
             f"model.max_position={config.model.max_position}; set model.max_position={config.data.pack_tokens}"
         )
-    for sources in (config.data.train, config.data.valid):
-        names = [source.source().name for source in sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two data sources share a name among {', '.join(names)}; give each a name of its own")
     if config.run.exists() and not config.run.is_dir():
         raise ValueError(f"run={config.run} is a file; give the path of a folder")
     vocab = Vocab.load(config.data.tokenizer)
-    for source in [*config.data.train, *config.data.valid]:
-        Split.open(source.path, image_tokenizer=vocab.image_tokenizer)
+    for sources in filter(None, (config.data.train, config.data.valid)):
+        open_sources([source.source() for source in sources], vocab)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
     checkpoint.check_fits(config.run, fixed, world_size, config.optim.steps)
     _check_disk(config, vocab.size)
