@@ -22,7 +22,7 @@ from data_pipeline.encode import Encoded, encode
 from data_pipeline.order import row_order
 from data_pipeline.packing import BestFit, Pack, make_pack
 from data_pipeline.schema import Rejected
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from data_pipeline.vocab import Vocab
 
 MAX_REJECTED_RUN = 1000  # documents of one source rejected one after the other; a source like that is broken

@@ -25,7 +25,8 @@ import numpy as np
 from data_pipeline.files import replace_file
 from data_pipeline.image_tokens import ImageTokenizer, Progress, psnr
 from data_pipeline.schema import Document, Rejected, codes_name
-from data_pipeline.shards import MANIFEST_NAME, ShardInfo, Split, check_shard, write_manifest, write_shard
+from data_pipeline.shards import MANIFEST_NAME, ShardInfo, check_shard, write_manifest, write_shard
+from data_pipeline.split import Split
 
 MIN_PSNR = 18.0  # dB; a one-coloured guess at easy-vqa's pictures reaches 13, a trained tokenizer 27 and more
 NUM_GATE_IMAGES = 64

@@ -18,7 +18,7 @@ import numpy as np
 from data_pipeline.files import replace_file
 from data_pipeline.image_tokens import Preprocessing, Progress, image_tokenizer_fingerprint
 from data_pipeline.schema import Document
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from data_pipeline.text_tokenizer import train_text_tokenizer
 
 if TYPE_CHECKING:

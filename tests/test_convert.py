@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.convert import FORMATS, convert
 from data_pipeline.schema import Document, Rejected
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 
 PNG = b"\x89PNG not decoded here"
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_pipeline.image_tokens import image_tokenizer_fingerprint
 from data_pipeline.schema import Document
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from uvlm.config import load_config
 from uvlm.demo.easy_vqa import COLORS, SHAPES, pictures, write_sources
 from uvlm.demo.stages import SPLITS, TOKENIZER_SPLITS, Demo, Shards, Sources

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_pipeline import shards
+from data_pipeline import split as split_module
 from data_pipeline.schema import Document, Rejected
-from data_pipeline.shards import Manifest, ShardInfo, ShardWriter, Split, check_shard, write_manifest, write_shard
+from data_pipeline.shards import Manifest, ShardInfo, ShardWriter, check_shard, write_manifest, write_shard
+from data_pipeline.split import Split
 from tests.test_schema import make_document
 
 
@@ -98,7 +99,7 @@ def test_a_split_works_after_pickling_and_after_a_fork(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_file_handles_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "NUM_OPEN_SHARDS", 2)
+    monkeypatch.setattr(split_module, "NUM_OPEN_SHARDS", 2)
     documents = write(tmp_path, 6, 1)
     split = Split.open(tmp_path)
     assert [read(split, i).key for i in (*range(6), 0)] == [documents[i].key for i in (*range(6), 0)]
@@ -193,7 +194,7 @@ def test_a_manifest_that_makes_no_sense_is_an_error_in_words(tmp_path: Path, cha
 
 
 def test_a_file_that_shrinks_while_in_use_is_an_io_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "READ_RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(split_module, "READ_RETRY_SECONDS", (0.0,))
     write(tmp_path)
     split = Split.open(tmp_path)
     os.truncate(tmp_path / "shard-000000.tar", 100)
@@ -202,7 +203,7 @@ def test_a_file_that_shrinks_while_in_use_is_an_io_error(tmp_path: Path, monkeyp
 
 
 def test_a_read_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "READ_RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(split_module, "READ_RETRY_SECONDS", (0.0,))
     documents = write(tmp_path)
     split = Split.open(tmp_path)
     real, calls = os.pread, []

@@ -13,7 +13,8 @@ from PIL import Image
 from data_pipeline.image_tokenizer_training import ImageTraining, train_image_tokenizer
 from data_pipeline.image_tokens import ImageTokenizer
 from data_pipeline.schema import Document
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.shards import Manifest, ShardWriter
+from data_pipeline.split import Split
 from data_pipeline.tokenize import tokenize
 
 NUM_DOCUMENTS = 11

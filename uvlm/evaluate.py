@@ -16,7 +16,7 @@ import torch
 from data_pipeline.encode import Encoded, encode
 from data_pipeline.packing import BestFit, Pack, make_pack
 from data_pipeline.schema import Document
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from data_pipeline.vocab import Vocab
 from uvlm.metrics import update_summary
 from uvlm.model import UnifiedVLM

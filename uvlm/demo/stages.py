@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from data_pipeline.convert import convert
-from data_pipeline.shards import Split, check_shard
+from data_pipeline.shards import check_shard
+from data_pipeline.split import Split
 from data_pipeline.vocab import Vocab
 from uvlm import progress, run_folder
 from uvlm.check import compiler_missing, require_disk
