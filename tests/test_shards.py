@@ -14,7 +14,7 @@ import webdataset
 
 from data_pipeline import split as split_module
 from data_pipeline.schema import Document, Rejected
-from data_pipeline.shards import Manifest, ShardInfo, ShardWriter, check_shard, write_manifest, write_shard
+from data_pipeline.shards import Manifest, ShardInfo, ShardWriter, check_shard, index_path, write_manifest, write_shard
 from data_pipeline.split import Split
 from tests.test_schema import make_document
 
@@ -153,7 +153,7 @@ def test_damage_is_found_before_the_run_starts(tmp_path: Path) -> None:
     write(tmp_path)
     info = Manifest.load(tmp_path).shards[0]
     path = tmp_path / info.name
-    content, index = path.read_bytes(), shards.index_path(path).read_bytes()
+    content, index = path.read_bytes(), index_path(path).read_bytes()
     assert check_shard(tmp_path, info, checksum=True) is None
 
     path.write_bytes(content[:-1] + b"x")
@@ -164,11 +164,11 @@ def test_damage_is_found_before_the_run_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="should have"):
         Split.open(tmp_path)
     path.write_bytes(content)
-    shards.index_path(path).write_bytes(index[::-1])
+    index_path(path).write_bytes(index[::-1])
     assert "index" in (check_shard(tmp_path, info) or "")
     with pytest.raises(ValueError, match="index"):
         Split.open(tmp_path).read(0)
-    shards.index_path(path).unlink()
+    index_path(path).unlink()
     assert "missing" in (check_shard(tmp_path, info) or "")
     with pytest.raises(FileNotFoundError, match="missing"):
         Split.open(tmp_path)
