@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.sources import Source
 from uvlm.config import Config, dump_config, load_config
 from uvlm.optim import OptimConfig, learning_rate
 
@@ -13,6 +14,15 @@ def test_the_shipped_demo_config_survives_dump_and_load(tmp_path: Path) -> None:
     config = load_config(Path("demo"))
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_sources_may_be_urls_with_weights_that_change(tmp_path: Path) -> None:
+    source = "{path: 's3://bucket/shards/', weight: {0: 1.0, 1000: 0.5}, over_long: split}"
+    config = load_config(Path("demo"), [f"data.train=[{source}]"])
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    for each in (config, load_config(tmp_path / "config.yaml")):
+        expected = Source("shards", "s3://bucket/shards/", ((0, 1.0), (1000, 0.5)), "split")
+        assert [item.source() for item in each.data.train] == [expected]
 
 
 def test_overrides_win_and_are_yaml() -> None:

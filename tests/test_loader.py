@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.loader import IGNORED_SIGNALS, DataState, Loader, ignore_stop_signals
 from data_pipeline.packing import Pack
-from data_pipeline.stream import Source
+from data_pipeline.sources import Source
 from tests.test_packing import assert_equal
 from tests.test_stream import make_sources, picture, write_source
 from tests.test_vocab import VOCAB
@@ -124,6 +124,34 @@ def test_an_error_in_a_worker_keeps_its_one_sentence(tmp_path: Path, num_workers
     with pytest.raises(ValueError, match=r"^source 'bad' gave \d+ documents in a row.*") as error:
         next(iter(loader))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_documents_are_put_aside_once_their_step_is_consumed(tmp_path: Path, num_workers: int) -> None:
+    documents = [picture(i) for i in range(40)]
+    documents[7].codes.clear()
+    source = Source("some", write_source(tmp_path / "some", documents))
+    quarantine = tmp_path / "run" / "rank_0.jsonl"
+    arguments: dict[str, Any] = {"pack_tokens": 64, "num_rows": 2, "num_workers": num_workers, "quarantine": quarantine}
+    state = None
+    for _, state in Loader([source], VOCAB, **arguments):
+        rejected = sum(sum(row["rejected"].values()) for row in state.values())
+        told = quarantine.read_text().splitlines() if quarantine.exists() else []
+        assert len(told) == rejected
+        if rejected == 2:
+            break
+    record = json.loads(told[0])
+    reason = "image has no codes, run `uvlm data tokenize`: 1.png"
+    assert record == {
+        "row": record["row"],
+        "pack": record["pack"],
+        "source": "some",
+        "sample": 7,
+        "key": "p7",
+        "reason": reason,
+    }
+    next(iter(Loader([source], VOCAB, state=state, **arguments)))
+    assert quarantine.read_text().splitlines()[:2] == told
 
 
 def test_workers_ignore_the_signals_that_stop_a_job(sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.stream import open_sources
+from data_pipeline.sources import open_sources
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint
 from uvlm.attention import missing_backend

@@ -140,10 +140,9 @@ def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int, last_step: 
 def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
     """What a run may not change under its own checkpoints, by name. `vocab`: fingerprint of the vocabulary."""
     tree = config.model_dump(mode="json")
-    sources = [[source.source().name, source.weight] for source in config.data.train]
     values: dict[str, Any] = {
         "vocabulary": vocab,
-        "data.train (name, weight)": sources,
+        "data.train (names)": [source.source().name for source in config.data.train],
         "zero_optimization.stage": zero_stage,
     }
     for key in _FIXED:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
 
 from data_pipeline.schema import TASKS
-from data_pipeline.stream import Source
+from data_pipeline.sources import OverLong, Source
 from uvlm.model import ModelConfig
 from uvlm.optim import OptimConfig
 from uvlm.policies import Dense, Policy
@@ -31,13 +31,21 @@ AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 DeepSpeedJson = Annotated[Path, AfterValidator(lambda path: path.absolute() if path.is_file() else path)]
 
 
+# A folder, or a URL such as s3://bucket/shards.
+Location = Annotated[str, AfterValidator(lambda place: place if "://" in place else str(Path(place).absolute()))]
+
+
 class SourceConfig(Strict):
-    path: AbsolutePath = Field(description="folder of tokenized shards with a manifest.json")
+    path: Location = Field(description="folder or URL of tokenized shards with a manifest.json")
     name: str = Field(default="", description="name in logs; the folder's name where none is given")
-    weight: float = Field(default=1.0, gt=0, description="share of documents, relative to the other sources")
+    weight: float | dict[int, float] = Field(
+        default=1.0, description="share of documents, relative to the other sources; {0: 1.0, 1000: 0.5} changes it"
+    )
+    over_long: OverLong = Field(default="drop", description="drop documents longer than a pack, or split them")
 
     def source(self) -> Source:
-        return Source(self.name or self.path.name, self.path, self.weight)
+        weight = tuple(sorted(self.weight.items())) if isinstance(self.weight, dict) else self.weight
+        return Source(self.name or PurePosixPath(self.path).name, self.path, weight, self.over_long)
 
 
 class DataConfig(Strict):
@@ -47,6 +55,7 @@ class DataConfig(Strict):
     pack_tokens: int = Field(gt=0, description="T, tokens of one pack; fixed for a run")
     num_rows: int = Field(gt=0, description="G, packs of one optimizer step over all ranks; fixed for a run")
     num_workers: int = Field(default=0, ge=0, description="loader processes of each rank")
+    max_rejected_share: float = Field(default=0.05, ge=0, le=1, description="share of bad documents that stops the run")
 
 
 class LossConfig(Strict):

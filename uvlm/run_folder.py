@@ -2,6 +2,7 @@
 
 config.yaml  deepspeed.json  environment.txt     what it was started with, resolved
 checkpoints/step_*/                              engine and data state
+quarantine/rank_*.jsonl                          documents that could not be used, and why
 tensorboard/  metrics.jsonl  metrics.json        records by step, and the summary
 model/                                           the trained model, an ordinary Hugging Face folder
 """
@@ -141,5 +142,6 @@ def summarise(run: Path, vocab_size: int) -> None:
             "first_loss": next((r["loss/mean"] for r in records if "loss/mean" in r), None),
             "log_vocab": math.log(vocab_size),
             "tokens_per_second": median_of(run, "speed/tokens_per_second"),
+            "fill_share": median_of(run, "data/fill_share"),
         },
     )

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Window:
         self.nll_K = torch.zeros(len(TASKS), dtype=torch.float64, device=device)
         self.counts_K = torch.zeros(len(TASKS), dtype=torch.float64)
         self.num_tokens = 0  # of documents; the unused tail of a pack does not count
+        self.num_places = 0  # tokens that the packs could hold
         self.kept: list[float] = []
         self.image_kept: list[float] = []
         self.data_wait = 0.0
@@ -55,6 +57,7 @@ class Window:
     def add(self, pack: Pack, plan: TokenPlan, sums_K: torch.Tensor) -> None:
         self.nll_K += sums_K.detach()
         self.num_tokens += num_useful_tokens(pack)
+        self.num_places += len(pack.ids)
         self.kept.append(plan.kept_share)
         self.image_kept.append(plan.image_kept_share)
 
@@ -62,14 +65,22 @@ class Window:
         """The record of these steps over all ranks; every rank calls it, with the documents its rows have left out."""
         seconds = time.perf_counter() - self.started
         sums = torch.tensor(
-            [self.num_tokens, sum(self.kept), sum(self.image_kept), len(self.kept), self.data_wait, num_rejected],
+            [
+                self.num_tokens,
+                self.num_places,
+                sum(self.kept),
+                sum(self.image_kept),
+                len(self.kept),
+                self.data_wait,
+                num_rejected,
+            ],
             dtype=torch.float64,
         )
         totals = torch.cat([self.nll_K.cpu(), self.counts_K, sums]).to(self.nll_K.device)
         dist.all_reduce(totals)
         num_tasks = len(TASKS)
         nll_K, counts_K, rest = totals.cpu().split([num_tasks, num_tasks, len(sums)])
-        num_tokens, kept, image_kept, num_packs, data_wait, all_rejected = rest.tolist()
+        num_tokens, num_places, kept, image_kept, num_packs, data_wait, all_rejected = rest.tolist()
         losses = by_task(nll_K / counts_K.clamp(min=1), counts_K)
         return {
             "loss/mean": sum(losses.values()) / max(1, len(losses)),
@@ -78,6 +89,7 @@ class Window:
             "roles/image_kept_share": image_kept / num_packs,
             "speed/tokens_per_second": num_tokens / seconds,
             "speed/data_wait_share": data_wait / dist.get_world_size() / seconds,
+            "data/fill_share": num_tokens / num_places,
             "data/rejected_documents": all_rejected,
         }
 
@@ -133,7 +145,8 @@ class Trainer:
         self.device = device
         self.fixed = fixed
         self.first_step = position.step
-        self.loader = self._loader(config.data.train, position.data_state)
+        quarantine = config.run / "quarantine" / f"rank_{distributed.world().rank}.jsonl"
+        self.loader = self._loader(config.data.train, position.data_state, quarantine)
         self.window = Window(device)
         self.num_rejected = 0.0
 
@@ -238,7 +251,9 @@ class Trainer:
         logits_SV = self.engine(pack.to(self.device), plan.to(self.device))
         return task_sums(logits_SV, labels_S, ids_S)
 
-    def _loader(self, sources: Sequence[SourceConfig], state: DataState | None = None) -> Loader:
+    def _loader(
+        self, sources: Sequence[SourceConfig], state: DataState | None = None, quarantine: Path | None = None
+    ) -> Loader:
         place, data = distributed.world(), self.config.data
         return Loader(
             [source.source() for source in sources],
@@ -249,6 +264,8 @@ class Trainer:
             world_size=place.size,
             num_workers=data.num_workers,
             seed=self.config.seed,
+            max_rejected_share=data.max_rejected_share,
+            quarantine=quarantine,
             state=state,
         )
 

@@ -19,6 +19,7 @@ _ROWS = (
     ("  the judge of these pictures, on real test images", "judge_accuracy", "{:.3f}"),
     ("first training loss", "first_loss", "{:.3f}"),
     ("  ln of the vocabulary, which a uniform guess has", "log_vocab", "{:.3f}"),
+    ("places of the packs that hold a document's token", "fill_share", "{:.3f}"),
     ("training speed, tokens/s", "tokens_per_second", "{:,.0f}"),
 )
 

@@ -228,5 +228,5 @@ def _paths(out: Path) -> list[str]:
     shipped = load_config(SHIPPED / "demo.yaml").data
     values: dict[str, object] = {"run": str(out), "data.tokenizer": str(out / "data" / "tokenizer")}
     for key, sources in (("data.train", shipped.train), ("data.valid", shipped.valid)):
-        values[key] = [{"path": str(tokens / source.path.name), "weight": source.weight} for source in sources]
+        values[key] = [{"path": str(tokens / Path(source.path).name), "weight": source.weight} for source in sources]
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
