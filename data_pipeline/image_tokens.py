@@ -1,35 +1,42 @@
-"""Pictures to image codes and back, by a frozen `transformers.JanusVQVAE`.
+"""Pictures to image codes and back, by a frozen image tokenizer of `transformers`: JanusVQVAE or Emu3VQVAE.
 
 The folder is a normal pretrained folder (config.json, model.safetensors) plus `preprocessing.json`, which says what
-the model's config cannot: the picture's size, how others are brought to it, and by how much pixels are folded into
-channels before the first convolution (`pixel_unshuffle`; 1 for stock models). Folding is why a tokenizer can be trained
-on two cores at all: plain 64x64 convolutions of 32 channels reach 46 images/s in training, 64 channels on pixels folded
-4 x 4 reach 320 on one core (run). For another JanusVQVAE, such as Janus-Pro's, write the file by hand:
-`{"format_version": 1, "image_size": 384, "resize": "crop", "pixel_unshuffle": 1}`.
+the model's config cannot: the picture's size, how others are brought to it (`resize`), and by how much pixels are
+folded into channels before the first convolution (`pixel_unshuffle`; 1 for stock models). Folding is why a tokenizer
+can be trained on two cores at all: plain 64x64 convolutions of 32 channels reach 46 images/s in training, 64 channels
+on pixels folded 4 x 4 reach 320 on one core (run). The folder of a stock model is made from the whole model:
 
-Codes are the nearest rows of the codebook under what `JanusVQVAE.decode` uses, which normalises the rows while the
-model's own `encode` does not: rows are normalised once after loading, and then the two agree.
-Cost (run, one core, 64 codes a picture): encode 2,000 images/s, decode 1,300 images/s.
+    model = JanusForConditionalGeneration.from_pretrained("deepseek-community/Janus-Pro-1B").model  # or Emu3For...
+    model.vqmodel.save_pretrained("tokenizer/image"); Preprocessing(384).save("tokenizer/image")  # Emu3: 512
+
+Janus: codes are the nearest rows of the codebook under what `JanusVQVAE.decode` uses, which normalises the rows while
+the model's own `encode` does not: rows are normalised once after loading, and then the two agree. Emu3 needs no such
+care. Its model is made for video and sees a picture as `temporal_downsample_factor` equal frames.
+Cost (run, one core, 64 codes a picture, Janus): encode 2,000 images/s, decode 1,300 images/s.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data_pipeline.decode_image import decode_image
+
 if TYPE_CHECKING:
     import torch
-    from transformers import JanusVQVAE
+    from PIL import Image
+    from transformers import Emu3VQVAE, JanusVQVAE
 
 PREPROCESSING_NAME = "preprocessing.json"
 FORMAT_VERSION = 1
+RESIZE = ("crop", "pad", "stretch")
+PIXELS_AT_ONCE = 1 << 21  # in one forward: a picture of 512 x 512 holds 1 GB an activation in stock Emu3
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
@@ -38,7 +45,8 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """`image_size` in pixels; `resize` "crop": the shorter side is scaled to image_size, the middle is kept."""
+    """`image_size` in pixels. `resize` "crop": the shorter side is scaled to image_size, the middle is kept; "pad": the
+    longer side is scaled, the rest is white; "stretch": both sides are scaled, each by its own factor."""
 
     image_size: int
     pixel_unshuffle: int = 1
@@ -56,34 +64,93 @@ class Preprocessing:
         sizes = (loaded.image_size, loaded.pixel_unshuffle)
         if (
             loaded.format_version != FORMAT_VERSION
-            or loaded.resize != "crop"
+            or loaded.resize not in RESIZE
             or not all(type(size) is int and size >= 1 for size in sizes)
         ):
-            raise ValueError(f'{path} must have format_version {FORMAT_VERSION}, resize "crop" and positive sizes')
+            raise ValueError(
+                f"{path} must have format_version {FORMAT_VERSION}, resize {' or '.join(RESIZE)} and sizes above 0"
+            )
         return loaded
 
-    def save(self, folder: Path) -> None:
-        (folder / PREPROCESSING_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n")
+    def save(self, folder: Path | str) -> None:
+        (Path(folder) / PREPROCESSING_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def apply(self, image_bytes: bytes) -> np.ndarray:
-        """Any picture that Pillow reads as uint8 [H, W, 3], transparent parts white. ValueError if unreadable."""
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        """Any picture that `decode_image` reads as uint8 [image_size, image_size, 3]. ValueError if unreadable."""
+        pixels_HWC = decode_image(image_bytes)
+        if pixels_HWC.shape[:2] == (self.image_size, self.image_size):
+            return pixels_HWC
+        from PIL import Image, ImageOps
 
-        try:
-            with Image.open(io.BytesIO(image_bytes)) as opened:
-                image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-        except Exception as error:  # damaged bytes show as almost any error, and nothing here touches a disk
-            reason = (
-                "no known format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-            )
-            raise ValueError(f"image cannot be decoded: {reason}") from None
-        if image.size != (self.image_size, self.image_size):
-            image = ImageOps.fit(image, (self.image_size, self.image_size), Image.Resampling.LANCZOS)
+        image, size = Image.fromarray(pixels_HWC), (self.image_size, self.image_size)
+        if self.resize == "crop":
+            image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        elif self.resize == "stretch":
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        else:
+            image = _pad(image, self.image_size)
         return np.array(image, dtype=np.uint8)
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    """Not `ImageOps.pad`, which refuses pictures so narrow that their shorter side would round to nothing."""
+    from PIL import Image
+
+    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    padded = Image.new("RGB", (size, size), "white")
+    padded.paste(image.resize((width, height), Image.Resampling.LANCZOS), ((size - width) // 2, (size - height) // 2))
+    return padded
+
+
+class _Family(Protocol):
+    """How one kind of model is called. `frames`: how often it sees a picture; `num_codes`: rows of its codebook."""
+
+    frames: int
+    num_codes: int
+
+    def encode(self, pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
+        """int64 [B, h, w] of float32 pixels in -1..1."""
+
+    def decode(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, C, H, W] around -1..1."""
+
+
+class _Janus:
+    def __init__(self, model: JanusVQVAE) -> None:
+        import torch
+
+        self.model, self.frames, self.num_codes = model, 1, model.config.num_embeddings
+        with torch.no_grad():
+            rows_ND = model.quantize.embedding.weight
+            rows_ND.copy_(torch.nn.functional.normalize(rows_ND, dim=1))
+
+    def encode(self, pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
+        latent_BDhw = self.model.quant_conv(self.model.encoder(pixels_BCHW))
+        return nearest_rows(latent_BDhw, self.model.quantize.embedding.weight).reshape(-1, side, side)
+
+    def decode(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(ids_Bhw.flatten(1))
+
+
+class _Emu3:
+    def __init__(self, model: Emu3VQVAE) -> None:
+        self.model = model
+        self.frames, self.num_codes = model.config.temporal_downsample_factor, model.config.codebook_size
+
+    def encode(self, pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
+        import torch
+
+        sizes_B2 = torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))  # the model cuts padding off; ours has none
+        return torch.stack(list(self.model.encode(pixels_BCHW, sizes_B2).image_tokens))
+
+    def decode(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(ids_Bhw)
+
+
+FAMILIES: dict[str, tuple[str, type[_Janus] | type[_Emu3]]] = {  # model_type of config.json -> class of transformers
+    "janus_vqgan": ("JanusVQVAE", _Janus),
+    "emu3_vqgan": ("Emu3VQVAE", _Emu3),
+}
 
 
 class ImageTokenizer:
@@ -93,28 +160,26 @@ class ImageTokenizer:
     `codes_hw` the code grid.
     """
 
-    def __init__(self, model: JanusVQVAE, preprocessing: Preprocessing, fingerprint: str) -> None:
-        """Takes the model over: its codebook rows are normalised. ValueError where it does not fit `preprocessing`."""
-        import torch
-
-        config = model.config
-        folding = preprocessing.pixel_unshuffle
-        side = preprocessing.image_size // folding // 2 ** (len(config.channel_multiplier) - 1)
-        fits = config.in_channels == config.out_channels == 3 * folding**2 and config.num_patches == side
-        if not fits or side * folding * 2 ** (len(config.channel_multiplier) - 1) != preprocessing.image_size:
+    def __init__(self, model: Any, preprocessing: Preprocessing, fingerprint: str) -> None:
+        """Takes the model over, which is of one of FAMILIES. ValueError where it does not fit `preprocessing`."""
+        config, size = model.config, preprocessing.image_size
+        factor = preprocessing.pixel_unshuffle * 2 ** (len(config.channel_multiplier) - 1)
+        side = size // factor
+        fits = config.in_channels == config.out_channels == 3 * preprocessing.pixel_unshuffle**2
+        wanted_side = getattr(config, "num_patches", side)  # Janus models are of one size, Emu3 models of any
+        if not fits or side * factor != size or wanted_side != side:
             raise ValueError(
-                f"the image tokenizer's config ({config.in_channels} channels, {config.num_patches} codes a side) does "
-                f"not fit {preprocessing}; correct its {PREPROCESSING_NAME}"
+                f"the image tokenizer's config ({config.in_channels} channels, {wanted_side} codes a side) does not "
+                f"fit {preprocessing}; correct its {PREPROCESSING_NAME}"
             )
-        with torch.no_grad():
-            rows_ND = model.quantize.embedding.weight
-            rows_ND.copy_(torch.nn.functional.normalize(rows_ND, dim=1))
         self.model = model.eval().requires_grad_(False)
+        self._family: _Family = FAMILIES[config.model_type][1](model)
         self.preprocessing = preprocessing
         self.fingerprint = fingerprint
-        self.num_codes: int = config.num_embeddings
-        self.image_size = preprocessing.image_size
+        self.num_codes: int = self._family.num_codes
+        self.image_size = size
         self.codes_hw = (side, side)
+        self._at_once = max(1, PIXELS_AT_ONCE // (size**2 * self._family.frames))
 
     @classmethod
     def load(cls, folder: Path | str) -> ImageTokenizer:
@@ -125,14 +190,15 @@ class ImageTokenizer:
         folder = Path(folder)
         fingerprint = image_tokenizer_fingerprint(folder)
         preprocessing = Preprocessing.load(folder)
+        class_name, _ = FAMILIES[_model_type(folder)]
         import torch
+        import transformers
         from safetensors import SafetensorError
-        from transformers import JanusVQVAE
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a bar for a file of a few megabytes would tear through the caller's own
         try:
-            model, loading = JanusVQVAE.from_pretrained(
+            model, loading = getattr(transformers, class_name).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
         except SafetensorError as error:
@@ -151,12 +217,13 @@ class ImageTokenizer:
         import torch
 
         self._check(images_BHWC.dtype == np.uint8 and images_BHWC.shape[1:] == (self.image_size, self.image_size, 3))
+        codes_Bhw = np.empty((len(images_BHWC), *self.codes_hw), np.uint16 if self.num_codes <= 1 << 16 else np.uint32)
         with torch.inference_mode():
-            pixels_BCHW = self._to_device(fold(images_BHWC, self.preprocessing.pixel_unshuffle))
-            latent_BDhw = self.model.quant_conv(self.model.encoder(pixels_BCHW))
-            codes_N = nearest_rows(latent_BDhw, self.model.quantize.embedding.weight)
-        codes = codes_N.cpu().numpy().reshape(len(images_BHWC), *self.codes_hw)
-        return codes.astype(np.uint16 if self.num_codes <= 1 << 16 else np.uint32)
+            for start in range(0, len(images_BHWC), self._at_once):
+                part = slice(start, start + self._at_once)
+                pixels_BCHW = self._to_device(fold(images_BHWC[part], self.preprocessing.pixel_unshuffle))
+                codes_Bhw[part] = self._family.encode(pixels_BCHW, self.codes_hw[0]).cpu().numpy()
+        return codes_Bhw
 
     def decode(self, codes_Bhw: np.ndarray) -> np.ndarray:
         """uint8 pictures [B, H, W, 3] of codes [B, h, w]. ValueError for a code that does not exist."""
@@ -164,12 +231,16 @@ class ImageTokenizer:
 
         codes_Bhw = np.asarray(codes_Bhw)
         self._check(codes_Bhw.shape[1:] == self.codes_hw)
-        ids_Bn = codes_Bhw.astype(np.int64).reshape(len(codes_Bhw), -1)
-        if ids_Bn.size and (ids_Bn.min() < 0 or ids_Bn.max() >= self.num_codes):
-            raise ValueError(f"code {ids_Bn.max()} out of range: the image tokenizer has {self.num_codes} codes")
+        ids_Bhw = codes_Bhw.astype(np.int64)
+        if ids_Bhw.size and (ids_Bhw.min() < 0 or ids_Bhw.max() >= self.num_codes):
+            raise ValueError(f"code {ids_Bhw.max()} out of range: the image tokenizer has {self.num_codes} codes")
+        images_BHWC = np.empty((len(ids_Bhw), self.image_size, self.image_size, 3), np.uint8)
         with torch.inference_mode():
-            pixels_BCHW = self.model.decode(self._to_device(torch.from_numpy(ids_Bn)))
-            return unfold(pixels_BCHW, self.preprocessing.pixel_unshuffle)
+            for start in range(0, len(ids_Bhw), self._at_once):
+                part = slice(start, start + self._at_once)
+                pixels_BCHW = self._family.decode(self._to_device(torch.from_numpy(ids_Bhw[part])))
+                images_BHWC[part] = unfold(pixels_BCHW, self.preprocessing.pixel_unshuffle)
+        return images_BHWC
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.model.quantize.embedding.weight.device)
@@ -180,6 +251,28 @@ class ImageTokenizer:
                 f"this image tokenizer takes uint8 [B, {self.image_size}, {self.image_size}, 3] and codes "
                 f"[B, {self.codes_hw[0]}, {self.codes_hw[1]}]"
             )
+
+
+def _model_type(folder: Path) -> str:
+    """The `model_type` of the folder's config; ValueError where it is none of FAMILIES."""
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_bytes())["model_type"]
+    except (ValueError, KeyError, TypeError):
+        model_type = None
+    if model_type not in FAMILIES:
+        known = " and ".join(f"{name} ({class_name})" for name, (class_name, _) in FAMILIES.items())
+        raise ValueError(
+            f"{path} is of model_type {model_type!r}; image tokenizers that encode and decode are {known}, and of a "
+            "whole Janus or Emu3 model its `model.vqmodel`, saved alone"
+        )
+    return model_type
+
+
+def num_codes_of(config: Any) -> int | None:
+    """The size of the codebook by the content of an image tokenizer's config.json; None where it does not say."""
+    found = config.get("num_embeddings", config.get("codebook_size")) if isinstance(config, dict) else None
+    return found if type(found) is int and found >= 1 else None
 
 
 def fold(images_BHWC: np.ndarray, folding: int) -> torch.Tensor:

@@ -21,12 +21,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 TASKS = ("understand", "generate", "interleave", "text")  # the index is the task's id
 CODE_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
+MAX_NESTING = 64  # of meta; what json just reads it may not write, because that needs a few more frames
+MAX_REASON = 500  # characters; a reason may quote the document
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
 
@@ -67,7 +69,7 @@ class Document:
         try:
             return _checked(key, members)
         except _RefusedError as refused:
-            return Rejected(key, str(refused))
+            return Rejected(key, str(refused)[:MAX_REASON])
 
     def to_members(self) -> dict[str, bytes]:
         """The members to write: equal documents give equal bytes."""
@@ -154,7 +156,17 @@ def _record(members: Mapping[str, bytes]) -> dict[str, Any]:
         raise _RefusedError(f"json cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise _RefusedError("json is not an object")
+    if text.count("[") + text.count("{") > MAX_NESTING and _is_deeper(record, MAX_NESTING):
+        raise _RefusedError("json is nested too deep")
     return record
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        lists = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for items in lists for child in items]
+    return bool(level)
 
 
 def _slots(record: dict[str, Any]) -> tuple[list[str | None], list[str | None]]:
@@ -179,20 +191,21 @@ def _codes(content: bytes) -> np.ndarray:
     header_end = 10 + int.from_bytes(content[8:10], "little")
     if content[:8] != NPY_MAGIC or len(content) < header_end:
         raise _RefusedError("codes are not a .npy file of version 1.0")
+    shape, order, dtype, num_bytes = _npy_layout(content[8:header_end])
+    if len(content) - header_end != num_bytes:
+        raise _RefusedError("codes hold more or fewer bytes than their shape says")
+    return np.ndarray(shape, dtype, content, header_end, order=order)
+
+
+@functools.lru_cache(maxsize=256)  # most images of a corpus share one header, and parsing it takes 20 us
+def _npy_layout(header: bytes) -> tuple[tuple[int, int], Literal["F", "C"], np.dtype, int]:
+    """Shape, order, dtype and number of bytes that a header claims."""
     try:
-        shape, fortran_order, dtype = _npy_header(bytes(content[8:header_end]))
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
     except Exception as error:  # a header is parsed as Python literals, so damage shows as almost any error
         raise _RefusedError(f"codes have a damaged header: {type(error).__name__}") from None
     if dtype not in CODE_DTYPES:
         raise _RefusedError(f"codes are not uint16 or uint32: {dtype}")
     if len(shape) != 2 or min(shape) < 1:
         raise _RefusedError(f"codes are not of shape [h, w]: {list(shape)}")
-    if len(content) - header_end != math.prod(shape) * dtype.itemsize:
-        raise _RefusedError("codes hold more or fewer bytes than their shape says")
-    flat = np.frombuffer(content, dtype, offset=header_end)
-    return flat.reshape(shape, order="F" if fortran_order else "C")
-
-
-@functools.lru_cache(maxsize=256)  # most images of a corpus share one header, and parsing it takes 20 us
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    return shape, "F" if fortran_order else "C", dtype, math.prod(shape) * dtype.itemsize

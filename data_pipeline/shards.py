@@ -29,10 +29,13 @@ import numpy as np
 
 from data_pipeline.files import replace_file
 from data_pipeline.schema import Document, Rejected
+from data_pipeline.storage import Folder
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHARD_NAME = "shard-{:06d}.tar"
+INDEX_SUFFIX = ".idx"
+PIECE = 32 << 20  # bytes of a shard read at once for its checksum
 SHARD_PATTERN = re.compile(r"shard-\d{6}\.tar(\.idx)?(\.tmp)?")
 
 
@@ -42,6 +45,10 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str
+
+    def file_sizes(self) -> dict[str, int]:
+        """The bytes that the shard and its index should have, by name."""
+        return {self.name: self.bytes, self.name + INDEX_SUFFIX: 8 * (self.samples + 1)}
 
 
 @dataclass(frozen=True)
@@ -66,25 +73,30 @@ class Manifest:
         return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
     @classmethod
-    def load(cls, folder: Path | str) -> Manifest:
+    def load(cls, folder: Path | str | Folder) -> Manifest:
         """FileNotFoundError where the folder has no manifest, ValueError where it cannot be understood."""
-        path = Path(folder) / MANIFEST_NAME
-        if not path.is_file():
+        folder = Folder.open(folder)
+        path = folder.place(MANIFEST_NAME)
+        try:
+            content = folder.read(MANIFEST_NAME)
+        except FileNotFoundError:
             raise FileNotFoundError(
                 f"{folder} has no {MANIFEST_NAME}, so it is no finished folder of shards; make it with "
                 "`uvlm data convert` or `uvlm data tokenize` (an interrupted run is simply started again)"
-            )
+            ) from None
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(content)
             version, image_tokenizer = record["format_version"], record["image_tokenizer"]
             shards = [ShardInfo(**shard) for shard in record["shards"]]
             valid = all(_is_valid(shard) for shard in shards) and isinstance(image_tokenizer, str | None)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}); make the folder again") from None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; convert again")
         if not valid:
             raise ValueError(f"{path} holds an entry of the wrong type; make the folder again")
+        if len({shard.name for shard in shards}) < len(shards):
+            raise ValueError(f"{path} names a shard twice, so its documents would be read twice; make the folder again")
         return cls(shards, image_tokenizer)
 
 
@@ -108,7 +120,7 @@ def write_manifest(folder: Path, shards: list[ShardInfo], image_tokenizer: str |
 
 
 def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".idx")
+    return shard.with_name(shard.name + INDEX_SUFFIX)
 
 
 class _HashingFile:
@@ -230,28 +242,31 @@ class ShardWriter:
         write_manifest(self.folder, self.shards, self.image_tokenizer)
 
 
-def load_index(path: Path, info: ShardInfo) -> np.ndarray:
+def load_index(folder: Folder, info: ShardInfo) -> np.ndarray:
     """Offsets, int64 [samples + 1]; ValueError where they cannot belong to the shard."""
-    offsets = np.fromfile(index_path(path), dtype="<u8").astype(np.int64)
-    if len(offsets) != info.samples + 1 or offsets[-1] > info.bytes or offsets[0] < 0 or (np.diff(offsets) <= 0).any():
-        raise ValueError(f"index {index_path(path)} does not fit its shard; make the folder again")
+    name = info.name + INDEX_SUFFIX
+    offsets = np.frombuffer(folder.read_range(name, 0, 8 * (info.samples + 1)), dtype="<u8").astype(np.int64)
+    if offsets[-1] > info.bytes or offsets[0] != 0 or (np.diff(offsets) <= 0).any():
+        raise ValueError(f"index {folder.place(name)} does not fit its shard; make the folder again")
     return offsets
 
 
-def check_shard(folder: Path, info: ShardInfo, *, checksum: bool = False) -> str | None:
+def check_shard(folder: Path | str | Folder, info: ShardInfo, *, checksum: bool = False) -> str | None:
     """What is wrong with a shard in one sentence, or None. `checksum=True` reads the whole file."""
-    path = Path(folder) / info.name
-    for needed in (path, index_path(path)):
-        if not needed.is_file():
-            return f"{needed} is missing"
-    if path.stat().st_size != info.bytes:
-        return f"{path} has {path.stat().st_size} bytes, its manifest says {info.bytes}"
+    folder = Folder.open(folder)
+    path = folder.place(info.name)
     try:
-        load_index(path, info)
-    except ValueError as error:
+        for name, num_bytes in info.file_sizes().items():
+            found = folder.size(name)
+            if found != num_bytes:
+                return f"{folder.place(name)} has {found} bytes, its manifest says {num_bytes}"
+        load_index(folder, info)
+    except (FileNotFoundError, ValueError) as error:
         return str(error)
     if checksum:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                return f"{path} does not have the checksum of its manifest"
+        sha256 = hashlib.sha256()
+        for start in range(0, info.bytes, PIECE):
+            sha256.update(folder.read_range(info.name, start, min(start + PIECE, info.bytes)))
+        if sha256.hexdigest() != info.sha256:
+            return f"{path} does not have the checksum of its manifest"
     return None

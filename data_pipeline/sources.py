@@ -54,7 +54,7 @@ def open_sources(sources: Sequence[Source], vocab: Vocab) -> list[OpenSource]:
     _check_weights(sources)
     opened = []
     for source in sources:
-        split = Split.open(source.path, vocab.image_tokenizer)
+        split = Split.open(source.path, vocab.image_tokenizer, images=False)
         if len(split) == 0:
             raise ValueError(f"source {source.name!r} at {source.path} holds no documents; convert it again")
         opened.append(OpenSource(source, split))

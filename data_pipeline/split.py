@@ -1,103 +1,157 @@
-"""A finished folder of shards, read by sample index.
+"""A finished folder of shards, on a disk or behind a URL, read by sample index.
 
-By index, because an exact resume needs random access and webdataset has no state.
-Cost (run, files in the page cache, 8x8 codes): `Split.read` 32 us for 24 texts, 25 us for one.
+By index, because an exact resume needs random access and webdataset has no state. Behind a URL a request costs tens of
+milliseconds however little it reads, so there `prefetch` is told what will be read next: samples that lie together in a
+shard come by one request, in the background, and `read` takes them from memory (read_ahead.py, block_cache.py).
+
+Cost of a document of five slots, two of them 63 kB JPEGs with 16x16 codes (run, one core): 38 us from the page cache,
+27 us with `images=False`, 20 us from shards that hold no images. From an S3 server 50 ms away, prefetched 1,024 samples
+ahead, 100 us from shards without images; with images the bandwidth decides (220 us at 590 MB/s).
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections import OrderedDict
+import functools
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from data_pipeline import read_ahead
+from data_pipeline.block_cache import BlockCache
 from data_pipeline.schema import Document, Rejected
-from data_pipeline.shards import Manifest, index_path, load_index
-from data_pipeline.tar_sample import read_sample
+from data_pipeline.shards import Manifest, ShardInfo, load_index
+from data_pipeline.storage import Folder
+from data_pipeline.tar_sample import Members, read_members
 
-NUM_OPEN_SHARDS = 64  # file handles a split keeps in one process
-READ_RETRY_SECONDS = (0.5, 2.0)
+NUM_INDEXES = 1024  # indexes of shards that a split keeps in one process, 8 bytes a sample
+MAX_RUN_BYTES = 32 << 20  # about as much is asked for at once
+BLOCK_SAMPLES = 64  # what the disk cache stores as one file: the blocks that order.py deals out
 
 
 class Split:
     """A finished folder of shards, read by global sample index. Works after a fork and after pickling."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._files: OrderedDict[int, tuple[IO[bytes], np.ndarray]] = OrderedDict()
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Folder, manifest: Manifest, images: bool = True) -> None:
+        """`open` checks first."""
+        self.folder, self.manifest, self.images = folder, manifest, images
         self.shard_sizes: list[int] = [shard.samples for shard in manifest.shards]
-        self._ends = np.cumsum(self.shard_sizes, dtype=np.int64)
+        self._ends = list(accumulate(self.shard_sizes))
+        shards = manifest.shards
+        self._offsets = functools.lru_cache(maxsize=NUM_INDEXES)(lambda shard: load_index(folder, shards[shard]))
+        self._identity = hash((folder.location, manifest.fingerprint, images))
+        self._cache = BlockCache.of_environment() if folder.is_remote else None
 
     @classmethod
-    def open(cls, folder: Path | str, image_tokenizer: str | None = None) -> Split:
+    def open(cls, location: Path | str, image_tokenizer: str | None = None, *, images: bool = True) -> Split:
         """Reads the manifest and checks that every shard is there with the size it should have.
 
         FileNotFoundError or ValueError names what is missing or wrong. Where `image_tokenizer` is given, codes of any
-        other tokenizer are refused.
+        other tokenizer are refused. With `images=False`, documents come without the bytes of images that have codes,
+        which saves reading them.
         """
-        manifest = Manifest.load(folder := Path(folder))
+        folder = Folder.open(location)
+        manifest = Manifest.load(folder)
         if image_tokenizer is not None and manifest.image_tokenizer != image_tokenizer:
             found = f"codes of image tokenizer {manifest.image_tokenizer}" if manifest.image_tokenizer else "no codes"
             raise ValueError(
                 f"{folder} holds {found}, but {image_tokenizer} is wanted; make them with `uvlm data tokenize`"
             )
+        sizes = folder.sizes()
         for info in manifest.shards:
-            path = folder / info.name
-            for needed, size in ((path, info.bytes), (index_path(path), 8 * (info.samples + 1))):
-                if not needed.is_file():
-                    raise FileNotFoundError(f"{needed} is missing; copy the folder again or make it again")
-                if needed.stat().st_size != size:
+            for name, size in info.file_sizes().items():
+                if name not in sizes:
+                    raise FileNotFoundError(f"{folder.place(name)} is missing; copy the folder again or make it again")
+                if sizes[name] != size:
                     raise ValueError(
-                        f"{needed} has {needed.stat().st_size} bytes and should have {size}; make the folder again"
+                        f"{folder.place(name)} has {sizes[name]} bytes and should have {size}; make the folder again"
                     )
-        return cls(folder, manifest)
+        return cls(folder, manifest, images)
 
     def __len__(self) -> int:
         return self.manifest.samples
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"], state["manifest"])  # type: ignore[misc]  # the constructor checks and derives
-
-    def __del__(self) -> None:
-        for file, _ in self._files.values():
-            file.close()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.manifest, self.images)
 
     def read(self, sample: int) -> Document | Rejected:
         """Reads a document. I/O errors are tried again, then raised; bad content comes back as Rejected."""
-        assert 0 <= sample < len(self), f"sample {sample} of {len(self)}"
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        within = sample - int(self._ends[shard]) + self.shard_sizes[shard]
-        for seconds in READ_RETRY_SECONDS:
-            try:
-                content = self._read_bytes(shard, within)
-                break
-            except OSError:
-                if shard in self._files:  # a stale handle of a network file system is opened anew
-                    self._files.pop(shard)[0].close()
-                time.sleep(seconds)
-        else:
-            content = self._read_bytes(shard, within)
-        return read_sample(f"{self.manifest.shards[shard].name}[{within}]", content)
+        members = read_ahead.of_process().take((self._identity, sample)) if self.folder.is_remote else None
+        if members is None:
+            members = self._members(sample)
+        return members if isinstance(members, Rejected) else Document.from_members(*members)
 
-    def _read_bytes(self, shard: int, within: int) -> bytes:
-        if shard not in self._files:
+    def prefetch(self, samples: np.ndarray | Sequence[int]) -> None:
+        """A hint that these samples, int [n] in any order, will be read soon. Starts to fetch them and returns at once;
+        nothing happens for a local folder, where the operating system is as fast."""
+        if not self.folder.is_remote:
+            return
+        ahead = read_ahead.of_process()
+        wanted = sorted({int(sample) for sample in samples})
+        assert not wanted or 0 <= wanted[0] <= wanted[-1] < len(self), (wanted[0], wanted[-1], len(self))
+        wanted = [sample for sample in wanted if (self._identity, sample) not in ahead]
+        start = 0
+        while start < len(wanted):
+            shard, within = self._place(wanted[start])
             info = self.manifest.shards[shard]
-            path = self.folder / info.name
-            offsets = load_index(path, info)
-            self._files[shard] = (path.open("rb", buffering=0), offsets)
-            if len(self._files) > NUM_OPEN_SHARDS:
-                self._files.popitem(last=False)[1][0].close()
-        else:
-            self._files.move_to_end(shard)
-        file, offsets = self._files[shard]
-        start, end = offsets[within : within + 2].tolist()
-        content = os.pread(file.fileno(), end - start, start)  # keeps no position, so forked workers may share it
-        if len(content) != end - start:
-            raise OSError(f"{file.name} ended at byte {start + len(content)}; it should reach {end}")
-        return content
+            bytes_of_sample = -(-info.bytes // info.samples)  # on average: the index may not be here yet
+            most = min(info.samples - within, max(1, MAX_RUN_BYTES // bytes_of_sample))
+            length = 1
+            while length < min(most, len(wanted) - start) and wanted[start + length] == wanted[start] + length:
+                length += 1
+            keys = [(self._identity, sample) for sample in wanted[start : start + length]]
+            load = functools.partial(self._load_run, shard, within, within + length)
+            ahead.announce(keys, load, length * bytes_of_sample)
+            start += length
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """Shard and position in it."""
+        assert 0 <= sample < len(self), f"sample {sample} of {len(self)}"
+        shard = bisect_right(self._ends, sample)
+        return shard, sample - self._ends[shard] + self.shard_sizes[shard]
+
+    def _members(self, sample: int) -> Members | Rejected:
+        """Read by itself."""
+        shard, within = self._place(sample)
+        name, offset = self.manifest.shards[shard].name, self._offsets(shard).item
+        start, end = offset(within), offset(within + 1)
+        if self.folder.is_remote:  # one request, whatever is in it
+            content = self.folder.read_range(name, start, end)
+            return self._members_in(content, 0, end - start, f"{name}[{within}]")
+        read_range = self.folder.read_range
+        return read_members(
+            f"{name}[{within}]", end - start, lambda a, b: read_range(name, start + a, start + b), self.images
+        )
+
+    def _members_in(self, content: bytes, start: int, end: int, place: str) -> Members | Rejected:
+        return read_members(place, end - start, lambda a, b: content[start + a : start + b], self.images)
+
+    def _load_run(self, shard: int, first: int, last: int) -> tuple[list[Members | Rejected], int]:
+        """Members of the samples [first, last) of a shard, and the bytes they take."""
+        info = self.manifest.shards[shard]
+        ends = self._offsets(shard)[first : last + 1] - self._offsets(shard)[first]
+        content = self._run_bytes(info, self._offsets(shard), first, last)
+        samples = [
+            self._members_in(content, start, end, f"{info.name}[{first + i}]")
+            for i, (start, end) in enumerate(pairwise(ends.tolist()))
+        ]
+        return samples, sum(len(data) for sample in samples if isinstance(sample, tuple) for data in sample[1].values())
+
+    def _run_bytes(self, info: ShardInfo, offsets: np.ndarray, first: int, last: int) -> bytes:
+        """By one request; with a disk cache by whole blocks, so that every epoch finds the same ones again."""
+        if self._cache is None:
+            return self.folder.read_range(info.name, offsets.item(first), offsets.item(last))
+        pieces = []
+        for block in range(first - first % BLOCK_SAMPLES, last, BLOCK_SAMPLES):
+            block_end = min(block + BLOCK_SAMPLES, info.samples)
+            start, end = offsets.item(block), offsets.item(block_end)
+            # A hash, as a manifest is untrusted: what it calls a checksum might be a path.
+            key = hashlib.sha256(f"{info.sha256} {info.name} {info.bytes} {start} {end}".encode()).hexdigest()
+            fetch = functools.partial(self.folder.read_range, info.name, start, end)
+            content = self._cache.read(key, end - start, fetch)
+            pieces.append(content[offsets[max(first, block)] - start : offsets[min(last, block_end)] - start])
+        return b"".join(pieces)

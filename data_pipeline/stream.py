@@ -28,7 +28,8 @@ from data_pipeline.vocab import Vocab
 
 MAX_REJECTED_RUN = 1000  # documents of one source rejected one after the other; a source like that is broken
 MIN_SEEN = 200  # documents before a share of rejected ones means something
-PREFETCH = 256  # samples; the window of `row_order`, over which reads are scattered
+WINDOW = 256  # samples; that of `row_order`, over which reads are scattered
+AHEAD = 1024  # samples that a remote folder is told of; with one window the wait for each request shows (run)
 TOO_LONG = "longer than a pack"
 
 
@@ -61,8 +62,8 @@ class _Cursor:
         while self.position >= len(self._order):
             self.epoch, self.position = self.epoch + 1, 0
             self._enter_epoch()
-        while self._hinted < min(self.position + PREFETCH, len(self._order)):  # a window ahead
-            end = (self._hinted // PREFETCH + 1) * PREFETCH
+        while self._hinted < min(self.position + AHEAD, len(self._order)):
+            end = (self._hinted // WINDOW + 1) * WINDOW
             self.split.prefetch(self._order[self._hinted : end])
             self._hinted = end
         self.position += 1

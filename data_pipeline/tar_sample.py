@@ -1,26 +1,62 @@
-"""The members of one sample from its bytes of a tar.
+"""The members of one sample from its part of a tar.
 
 Reading never extracts to disk, and a link or device inside a tar is refused. What our own writer makes is parsed here,
-five times as fast as by tarfile; anything else, and any doubt, is left to tarfile.
+many times as fast as by tarfile; anything else, and any doubt, is left to tarfile. Where images are not wanted, their
+bytes are stepped over unread, as long as each has codes beside it: a document is the same either way but for its bytes.
+
+Cost (run): 1.3 us a member, and 1.4 us for each piece that is read of a local file in the page cache.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
+import zlib
+from collections.abc import Callable
 
-from data_pipeline.schema import Document, Rejected
+from data_pipeline.schema import Document, Rejected, codes_name
 
 BLOCK = 512  # bytes; a tar consists of such blocks
+HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x c 166x")  # name, size, checksum, kind, "ustar", prefix
+STEP = 4096  # bytes read at once where images are stepped over: a header with codes or texts and the next header
+
+Read = Callable[[int, int], bytes]  # bytes [start, end) of the sample
+Members = tuple[str, dict[str, bytes]]  # key, suffix -> content
 
 
 def read_sample(place: str, content: bytes) -> Document | Rejected:
     """A document from the tar bytes of one sample; `place` names it where it has no key."""
-    members = _plain_members(content)
+    members = read_members(place, len(content), lambda start, end: content[start:end])
+    return members if isinstance(members, Rejected) else Document.from_members(*members)
+
+
+def read_members(place: str, size: int, read: Read, images: bool = True) -> Members | Rejected:
+    """Key and members of the sample of `size` bytes behind `read`. `images=False` leaves out images that have codes,
+    unread where possible."""
+    found = _members(place, size, read, images)
+    if images or isinstance(found, Rejected):
+        return found
+    key, by_suffix = found
+    left_out = [name for name in by_suffix if not _is_json_or_codes(name) and codes_name(name) in by_suffix]
+    if len(left_out) + sum(map(_is_json_or_codes, by_suffix)) < len(by_suffix):
+        found = _members(place, size, read, images=True)  # an image without codes is wanted, and rare
+        if isinstance(found, Rejected):
+            return found
+        by_suffix = found[1]
+    for name in left_out:
+        del by_suffix[name]
+    return key, by_suffix
+
+
+def _members(place: str, size: int, read: Read, images: bool) -> Members | Rejected:
+    """Without `images`, what is neither json nor codes may be empty."""
+    members = _plain_members(size, read, images)
     if members is None:
+        content = read(0, size)
         try:
             members = _any_members(content)
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        except Exception as error:  # a damaged header shows as almost any error, and nothing here touches a disk
             return Rejected(place, f"tar cannot be read: {error}")
     by_suffix: dict[str, bytes] = {}
     keys: set[str] = set()
@@ -28,34 +64,59 @@ def read_sample(place: str, content: bytes) -> Document | Rejected:
         folder, slash, base = name.rpartition("/")
         key, _, suffix = base.partition(".")
         keys.add(folder + slash + key)
+        if len(keys) > 1:
+            break
         if suffix in by_suffix:
-            return Rejected(place, f"a member comes twice: {name}")
+            return Rejected(place, f"a member comes twice: {name!r}")
         by_suffix[suffix] = data
     if len(keys) != 1:
         return Rejected(place, "sample holds no member or members of several keys")
-    return Document.from_members(keys.pop(), by_suffix)
+    key = keys.pop()
+    if any("\ud800" <= char <= "\udfff" for char in key):  # so tarfile gives bytes that it cannot decode
+        return Rejected(place, f"member name is not valid UTF-8: {key!r}")
+    return key, by_suffix
 
 
-def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
-    """(name, data) of ordinary files with short names; None if there is anything else
-    or any doubt, and tarfile decides."""
+def _is_json_or_codes(name: str) -> bool:
+    return name.endswith(("json", ".npy"))
+
+
+def _plain_members(size: int, read: Read, images: bool) -> list[tuple[str, bytes]] | None:
+    """(name, data) of ordinary files with short names; None if there is anything else or any doubt, and tarfile
+    decides. Without `images`, what is neither json nor codes comes empty."""
+    step = size if images else STEP
     members = []
-    position = 0
-    while position < len(content):
-        header = content[position : position + BLOCK]
-        checksum = sum(header) - sum(header[148:156]) + 8 * 32 if len(header) == BLOCK else -1
+    position = 0  # of a header
+    base, buffer = 0, b""  # what has been read last: bytes [base, base + len(buffer))
+    while position < size:
+        at = position - base
+        if at + BLOCK > len(buffer):
+            base, at, buffer = position, 0, read(position, min(position + step, size))
+            if len(buffer) < BLOCK:
+                return None
+        name_bytes, length, checksum, kind, magic, prefix = HEADER.unpack_from(buffer, at)
         try:
-            size = int(header[124:136].rstrip(b" \0"), 8)
-            is_intact = checksum == int(header[148:156].rstrip(b" \0"), 8)
-            name = header[:100].rstrip(b"\0").decode("utf-8")
+            num_bytes = int(length.rstrip(b" \0"), 8)
+            expected = int(checksum.rstrip(b" \0"), 8)
+            name = name_bytes.rstrip(b"\0").decode()
         except ValueError:
             return None
-        is_plain = header[156:157] == b"0" and header[257:262] == b"ustar" and header[345:346] == b"\0"
+        # The sum of all bytes, those of the checksum itself counted as spaces. The low half of Adler-32 is 1 + the sum
+        # modulo 65,521, which a header of text stays below, and 20 times as fast as `sum`.
+        total = (zlib.adler32(buffer[at : at + BLOCK]) & 0xFFFF) - 1
+        is_intact = total - sum(checksum) + 8 * 32 == expected
+        is_plain = kind == b"0" and magic == b"ustar" and prefix == b"\0"
         start = position + BLOCK
-        if not (is_intact and is_plain) or size < 0 or start + size > len(content):
+        end = start + num_bytes
+        if not (is_intact and is_plain) or num_bytes < 0 or end > size:
             return None
-        members.append((name, content[start : start + size]))
-        position = start + -(-size // BLOCK) * BLOCK
+        if not images and not _is_json_or_codes(name):
+            members.append((name, b""))
+        elif end <= base + len(buffer):
+            members.append((name, buffer[start - base : end - base]))
+        else:
+            members.append((name, read(start, end)))
+        position = start + -(-num_bytes // BLOCK) * BLOCK
     return members
 
 
@@ -72,4 +133,6 @@ def _any_members(content: bytes) -> list[tuple[str, bytes]]:
             file = tar.extractfile(member)
             assert file is not None
             members.append((member.name, file.read()))
+        if content[tar.offset :].strip(b"\0"):  # tarfile takes a damaged header for the end of the tar
+            raise ValueError("a header is damaged")
     return members

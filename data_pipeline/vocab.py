@@ -62,7 +62,7 @@ class Vocab:
     @classmethod
     def load(cls, folder: Path | str) -> Vocab:
         """Reads a tokenizer folder. FileNotFoundError names a missing file, ValueError one that makes no sense."""
-        from data_pipeline.image_tokens import image_tokenizer_fingerprint
+        from data_pipeline.image_tokens import image_tokenizer_fingerprint, num_codes_of
 
         text_path = Path(folder) / "text" / "tokenizer.json"
         image_path = Path(folder) / "image" / "config.json"
@@ -74,12 +74,13 @@ class Vocab:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{text_path} is no tokenizer of the tokenizers library: {error}") from None
         try:
-            num_codes = json.loads(image_path.read_bytes())["num_embeddings"]
-        except (ValueError, KeyError, TypeError):
+            num_codes = num_codes_of(json.loads(image_path.read_bytes()))
+        except ValueError:
             num_codes = None
-        if type(num_codes) is not int or num_codes < 1:
+        if num_codes is None:
             raise ValueError(
-                f"{image_path} has no positive num_embeddings; it must be the config of an image tokenizer"
+                f"{image_path} has no positive num_embeddings or codebook_size; it must be the config of an image "
+                "tokenizer"
             )
         return cls(tokenizer, num_codes, image_tokenizer_fingerprint(image_path.parent))
 
@@ -103,7 +104,8 @@ class Vocab:
     def encode_text(self, text: str) -> list[int]:
         """Ids below num_text. ValueError for half a surrogate pair, which undecodable bytes of a shell become."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            # The batch call of one is a fifth faster: it finds no offsets, which nobody reads here.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:
             raise ValueError(f"the text {text!r} is not valid Unicode; give it in UTF-8") from None
 
@@ -113,10 +115,12 @@ class Vocab:
 
     def code_ids(self, codes: np.ndarray) -> np.ndarray:
         """Ids, int64 [h * w], row by row, of codes [h, w]. ValueError for a code that the tokenizer does not have."""
-        ids = codes.reshape(-1).astype(np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.num_codes):
-            raise ValueError(f"code out of range: {ids.min()} to {ids.max()}, the image tokenizer has {self.num_codes}")
-        return ids + self.first_code
+        is_signed = codes.dtype.kind != "u"
+        if codes.size and (codes.max() >= self.num_codes or (is_signed and codes.min() < 0)):
+            raise ValueError(
+                f"code out of range: {codes.min()} to {codes.max()}, the image tokenizer has {self.num_codes}"
+            )
+        return codes.reshape(-1) + np.int64(self.first_code)
 
     def codes(self, ids: np.ndarray) -> np.ndarray:
         """The inverse of `code_ids` in the shape of `ids`: uint16, or uint32 above 65,536 codes."""

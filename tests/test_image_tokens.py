@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import JanusVQVAE, JanusVQVAEConfig
+from transformers import Emu3VQVAE, Emu3VQVAEConfig, JanusVQVAE, JanusVQVAEConfig
 
 from data_pipeline.image_tokens import (
     ImageTokenizer,
@@ -21,6 +21,7 @@ from data_pipeline.image_tokens import (
     fold,
     image_tokenizer_fingerprint,
     nearest_rows,
+    num_codes_of,
     psnr,
     unfold,
 )
@@ -47,6 +48,33 @@ def make_folder(folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     Preprocessing(SIZE, FOLDING).save(folder)
     return folder
+
+
+def make_emu3_folder(folder: Path) -> Path:
+    """Emu3 needs 32 channels for its norms; codes of 2 x 2 pixels, more of them than uint16 holds."""
+    torch.manual_seed(0)
+    config = Emu3VQVAEConfig(
+        codebook_size=(1 << 16) + 8,
+        embed_dim=4,
+        latent_channels=4,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[1],
+        hidden_size=32,
+        temporal_downsample_factor=2,
+    )
+    model = Emu3VQVAE(config)
+    with torch.no_grad():
+        model.quantize.embedding.weight.normal_()
+    model.save_pretrained(folder)
+    Preprocessing(SIZE).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def emu3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_emu3_folder(tmp_path_factory.mktemp("emu3") / "image")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +109,69 @@ def test_codes_are_those_of_the_model_itself_once_its_rows_are_normalised(folder
     assert codes.dtype == np.uint16
     assert np.array_equal(codes, ids.numpy())
     assert np.array_equal(tokenizer.decode(codes), unfold(decoded, FOLDING))
+
+
+def test_emu3_codes_and_pictures_are_those_of_the_model_itself(emu3_folder: Path) -> None:
+    tokenizer = ImageTokenizer.load(emu3_folder)
+    stock = Emu3VQVAE.from_pretrained(emu3_folder).eval()
+    images = random_images(5)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255  # as its processor: rescaled, mean 0.5, deviation 0.5
+    with torch.no_grad():
+        ids = torch.stack(list(stock.encode((pixels - 0.5) / 0.5, torch.tensor([[SIZE, SIZE]] * 5)).image_tokens))
+        decoded = stock.decode(ids)
+    codes = tokenizer.encode(images)
+    assert codes.dtype == np.uint32
+    assert codes.shape == (5, *tokenizer.codes_hw) == (5, 8, 8)
+    assert np.array_equal(codes, ids.numpy())
+    assert len(np.unique(codes)) > 20
+    assert np.array_equal(tokenizer.encode(images), codes)
+    assert tokenizer.decode(codes).shape == images.shape
+    assert np.abs(tokenizer.decode(codes).astype(int) - unfold(decoded, 1)).max() <= 1
+    with pytest.raises(ValueError, match="out of range"):
+        tokenizer.decode(codes + np.uint32(1 << 16))
+
+
+def test_a_picture_of_another_size_than_the_codes_divide_is_refused(emu3_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(emu3_folder, tmp_path / "image"))
+    Preprocessing(SIZE + 1).save(copy)
+    with pytest.raises(ValueError, match="does not fit"):
+        ImageTokenizer.load(copy)
+
+
+@pytest.mark.parametrize("model_type", ["chameleon_vqgan", "janus", "emu3", None])
+def test_models_that_cannot_decode_or_hold_more_are_refused(folder: Path, tmp_path: Path, model_type: object) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "image"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    with pytest.raises(ValueError, match=r"janus_vqgan \(JanusVQVAE\) and emu3_vqgan .* `model\.vqmodel`"):
+        ImageTokenizer.load(copy)
+
+
+def test_the_number_of_codes_is_known_without_the_model(folder: Path, emu3_folder: Path) -> None:
+    for each in (folder, emu3_folder):
+        assert num_codes_of(json.loads((each / "config.json").read_text())) == ImageTokenizer.load(each).num_codes
+    wrong: list[object] = [[], {}, {"num_embeddings": "16"}, {"codebook_size": 0}, {"num_embeddings": True}]
+    assert [num_codes_of(config) for config in wrong] == [None] * len(wrong)
+
+
+def test_pictures_are_encoded_and_decoded_some_at_a_time(emu3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ImageTokenizer.load(emu3_folder)
+    monkeypatch.setattr("data_pipeline.image_tokens.PIXELS_AT_ONCE", 2 * 2 * SIZE**2)  # two pictures of two frames
+    parts = ImageTokenizer.load(emu3_folder)
+    sizes: list[int] = []
+    encode = parts.model.encode
+
+    def counting(pixels: torch.Tensor, image_sizes: torch.Tensor) -> object:
+        sizes.append(len(pixels))
+        return encode(pixels, image_sizes)
+
+    monkeypatch.setattr(parts.model, "encode", counting)
+    images = random_images(5)
+    codes = parts.encode(images)
+    assert sizes == [2, 2, 1]
+    assert (codes == whole.encode(images)).mean() > 0.98  # a tie may fall differently in another summation
+    assert np.abs(parts.decode(codes).astype(int) - whole.decode(codes)).max() <= 1
+    assert parts.encode(images[:0]).shape == (0, 8, 8)
 
 
 def test_the_rows_that_encoding_compares_with_are_the_rows_that_decoding_uses(tokenizer: ImageTokenizer) -> None:
@@ -138,6 +229,50 @@ def test_pictures_of_other_sizes_and_modes_become_ours(tokenizer: ImageTokenizer
     assert (gray == 77).all()
 
 
+def test_a_picture_is_cropped_padded_or_stretched_as_the_folder_says() -> None:
+    size = 64
+    wide = Image.new("RGB", (4 * size, 2 * size), "red")
+    wide.paste((0, 0, 255), (size, 0, 3 * size, 2 * size))  # the middle half is blue
+    content = encoded(wide)
+    crop, pad, stretch = (Preprocessing(size, resize=kind).apply(content) for kind in ("crop", "pad", "stretch"))
+
+    def shows(pixels: np.ndarray, color: tuple[int, int, int]) -> bool:
+        inside = pixels[5:-5, 5:-5].astype(int)  # edges ring
+        return inside.size > 0 and bool((np.abs(inside - color) < 8).all())
+
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    assert shows(crop, blue)
+    assert shows(pad[:16], white)
+    assert shows(pad[48:], white)
+    assert shows(pad[16:48, :16], red)
+    assert shows(pad[16:48, 16:48], blue)
+    assert shows(stretch[:, :16], red)
+    assert shows(stretch[:, 16:48], blue)
+    assert shows(stretch[:, 48:], red)
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(1, 400), (400, 1), (1, 1), (SIZE, SIZE)])
+def test_every_shape_of_picture_fits(resize: str, size: tuple[int, int]) -> None:
+    assert Preprocessing(SIZE, resize=resize).apply(encoded(Image.new("RGB", size))).shape == (SIZE, SIZE, 3)
+
+
+def test_how_pictures_are_resized_is_part_of_the_fingerprint(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "image"))
+    found = set()
+    for resize in ("crop", "pad", "stretch"):
+        Preprocessing(SIZE, FOLDING, resize).save(copy)
+        found.add(ImageTokenizer.load(copy).fingerprint)
+    assert len(found) == 3
+
+
+def test_preprocessing_is_written_in_the_bytes_that_old_fingerprints_are_of(tmp_path: Path) -> None:
+    Preprocessing(64, 4).save(tmp_path)
+    assert (tmp_path / "preprocessing.json").read_text() == (
+        '{\n "image_size": 64,\n "pixel_unshuffle": 4,\n "resize": "crop",\n "format_version": 1\n}\n'
+    )
+
+
 def test_a_photograph_is_turned_as_its_exif_says(tokenizer: ImageTokenizer) -> None:
     image = Image.new("RGB", (SIZE, SIZE), "white")
     image.paste((0, 0, 0), (0, 0, SIZE, SIZE // 2))  # black above
@@ -187,7 +322,7 @@ def test_weights_that_are_missing_are_an_error_and_not_random_numbers(folder: Pa
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 24}, {"pixel_unshuffle": 4}, {"image_size": 0}, {"resize": "pad"}, {"unknown": 1}]
+    "change", [{"image_size": 24}, {"pixel_unshuffle": 4}, {"image_size": 0}, {"resize": "zoom"}, {"unknown": 1}]
 )
 def test_preprocessing_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, change: dict[str, object]) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "image"))

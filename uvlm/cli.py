@@ -112,8 +112,7 @@ def generate(
 
     from uvlm.generate import Generator
 
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {out}; give a file name that ends in .png, in a folder that exists")
+    _check_png(out)
     pixels = Generator.load(run).images([text], [seed], temperature, top_k, guidance)[0]
     Image.fromarray(pixels).save(out, format="PNG")
     print(out)
@@ -121,36 +120,125 @@ def generate(
 
 @data.command()
 def convert(
-    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="vqa or pairs")],
-    source: Annotated[Path, typer.Argument(help="corpus to read")],
-    out: Annotated[Path, typer.Argument(help="folder of shards to write")],
+    format_name: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="pairs, vqa, chat, obelics, mmc4, webdataset, text")
+    ],
+    source: Annotated[
+        Path, typer.Argument(help="file, or folder of files: .jsonl .json .csv .tsv .parquet .tar, images")
+    ],
+    out: Annotated[Path, typer.Argument(help="folder of shards to write; run again to go on")],
     samples_per_shard: Annotated[int, typer.Option(min=1, help="documents in one tar")] = 1000,
+    image_root: Annotated[Path | None, typer.Option(help="folder of the image paths; else that of the file")] = None,
+    text_column: Annotated[str | None, typer.Option(help="column or field of the text or caption")] = None,
+    image_column: Annotated[str | None, typer.Option(help="column or field of the image path, URL or bytes")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="tokenizer folder or Jinja file that renders conversations (chat only)")
+    ] = None,
+    drop_missing_images: Annotated[
+        bool, typer.Option("--drop-missing-images", help="leave out an image that cannot be had, not its document")
+    ] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="worker processes; else one for each core")] = None,
 ) -> None:
     """Bring a corpus into canonical shards: plain webdataset tars, an index beside each, one manifest."""
     from data_pipeline.convert import convert as run_conversion
+    from data_pipeline.convert.options import Options
     from uvlm.progress import counter
 
+    options = Options(image_root, text_column, image_column, chat_template, drop_missing_images)
     with counter("converting") as update:
-        report = run_conversion(format_name, source, out, samples_per_shard=samples_per_shard, progress=update)
-    _print_rejected(report.rejected)
+        report = run_conversion(
+            format_name,
+            source,
+            out,
+            options=options,
+            samples_per_shard=samples_per_shard,
+            num_processes=processes,
+            progress=update,
+        )
+    _print_rejected(report.rejected, out)
+    for reason, count in report.left_out.items():
+        print(f"left out {count:,} images: {reason}")
     print(f"{report.documents_in:,} documents in, {report.documents_out:,} out: {out}")
 
 
 @data.command()
 def tokenize(
-    shards: Annotated[Path, typer.Argument(help="folder of canonical shards")],
+    shards: Annotated[str, typer.Argument(help="folder or URL of canonical shards")],
     out: Annotated[Path, typer.Argument(help="folder of tokenized shards to write; run again to go on")],
-    tokenizer: Annotated[Path, typer.Option(help="folder made by `uvlm tokenizer train`")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer folder; its image/ makes the codes")],
     min_psnr: Annotated[float, typer.Option(help="dB that the first images must keep after a round trip")] = 18.0,
+    drop_images: Annotated[
+        bool, typer.Option("--drop-images", help="write codes without the images: what training reads, much smaller")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="share the work: so many processes here, or array tasks")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="do this rank's part only; a Slurm array knows by itself")
+    ] = None,
 ) -> None:
     """Give every image its codes, so that training never runs an image encoder."""
     from data_pipeline.tokenize import tokenize as run_tokenization
+    from data_pipeline.tokenize_ranks import ranks_of_slurm
     from uvlm.progress import bars
 
+    rank, num_ranks = ranks_of_slurm(os.environ, rank, ranks)
     with bars() as update:
-        report = run_tokenization(shards, out, tokenizer, min_psnr=min_psnr, progress=update)
-    _print_rejected(report.rejected)
+        report = run_tokenization(
+            shards,
+            out,
+            tokenizer,
+            min_psnr=min_psnr,
+            keep_images=not drop_images,
+            rank=rank,
+            num_ranks=num_ranks,
+            progress=update,
+        )
+    _print_rejected(report.rejected, out)
     print(f"{report.documents:,} documents with codes for {report.images:,} images: {out}")
+    if not report.finished:
+        print(f"{report.shards_missing:,} shards are still to be done by the other ranks; the last one finishes {out}")
+
+
+@data.command()
+def verify(
+    shards: Annotated[str, typer.Argument(help="folder or URL of shards")],
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer folder, to check codes and measure lengths")] = None,
+    images: Annotated[int | None, typer.Option(min=0, help="decode the images of so many documents; else all")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="worker processes; else one for each core")] = None,
+) -> None:
+    """Check shards before training: index, checksums, every document and image. Exit 1 where something is wrong."""
+    from data_pipeline.verify import verify as run_verification
+    from data_pipeline.verify_report import problems, summary
+    from uvlm.progress import bars
+
+    num_processes = processes or len(os.sched_getaffinity(0))
+    with bars() as update:
+        report = run_verification(
+            shards, tokenizer=tokenizer, images=images, num_processes=num_processes, progress=update
+        )
+    print(summary(report))
+    if not report.is_good:
+        print(problems(report), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@data.command()
+def show(
+    shards: Annotated[str, typer.Argument(help="folder or URL of shards")],
+    doc: Annotated[str, typer.Option(help="a document's number, from 0, or its key")],
+    out: Annotated[Path, typer.Option(help="PNG to write")],
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer folder, to see tokens and decoded codes")] = None,
+    pack_tokens: Annotated[int | None, typer.Option(min=1, help="to see how much of a pack the document fills")] = None,
+    font: Annotated[Path | None, typer.Option(help="TrueType file for scripts beyond Latin")] = None,
+) -> None:
+    """Draw a document as the model sees it: text, images beside their decoded codes, what carries loss."""
+    from data_pipeline.show import parse_document
+    from data_pipeline.show import show as draw
+
+    _check_png(out)
+    draw(shards, parse_document(doc), out, tokenizer=tokenizer, pack_tokens=pack_tokens, font=font)
+    print(out)
 
 
 @tokenizer.command("train")
@@ -169,9 +257,16 @@ def tokenizer_train(
     print(f"tokenizers: {out}")
 
 
-def _print_rejected(rejected: dict[str, int]) -> None:
+def _check_png(out: Path) -> None:
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out}; give a file name that ends in .png, in a folder that exists")
+
+
+def _print_rejected(rejected: dict[str, int], out: Path) -> None:
     for reason, count in rejected.items():
         print(f"rejected {count:,}: {reason}")
+    if rejected:
+        print(f"which and why: {out / 'rejected.jsonl'}")
 
 
 def main() -> None:

@@ -10,43 +10,33 @@ word in other texts, instead of a rare form at the start of a line. Whoever comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from data_pipeline.convert.pairs import is_encodable, read_image, read_records, record_id
-from data_pipeline.schema import Document, Rejected
+from data_pipeline.convert.draft import Draft
+from data_pipeline.convert.fields import image_of, is_encodable, record_id
+from data_pipeline.convert.options import Options
+from data_pipeline.schema import Rejected
+
+CONTAINERS = ("jsonl", "json")
 
 
-def read_vqa(source: Path) -> Iterator[Document | Rejected]:
-    """One document or rejection for each line that is not blank. I/O errors are raised."""
-    for key, record in read_records(source):
-        if isinstance(record, Rejected):
-            yield record
-            continue
-        questions = record.get("questions")
-        if not isinstance(questions, list) or not questions or not all(_is_pair(pair) for pair in questions):
-            yield Rejected(key, "questions are not a list of question and answer, at least one")
-            continue
-        image = read_image(key, record, source.parent)
-        if isinstance(image, Rejected):
-            yield image
-            continue
-        name, content = image
-        texts: list[str | None] = [None]
-        for question, answer in questions:
-            texts += [question, f" {answer.strip()}"]
-        yield Document(
-            key=key,
-            texts=tuple(texts),
-            images=(name, *[None] * (len(texts) - 1)),
-            task="understand",
-            loss=(False, *[False, True] * len(questions)),
-            source=source.stem,
-            meta=record_id(record),
-            image_bytes={name: content},
-            codes={},
-        )
+def draft(key: str, record: dict[str, Any], options: Options) -> Draft | Rejected:
+    questions = record.get("questions")
+    if not isinstance(questions, list) or not questions or not all(_is_pair(pair) for pair in questions):
+        return Rejected(key, "questions are not a list of question and answer, at least one")
+    image = image_of(key, record, options.image_column)
+    if isinstance(image, Rejected):
+        return image
+    texts: list[str | None] = [None]
+    for question, answer in questions:
+        texts += [question, f" {answer.strip()}"]
+    return Draft(
+        texts=texts,
+        images=[image, *[None] * (len(texts) - 1)],
+        task="understand",
+        loss=[False, *[False, True] * len(questions)],
+        meta=record_id(record),
+    )
 
 
 def _is_pair(pair: Any) -> bool:

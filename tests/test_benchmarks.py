@@ -1,0 +1,38 @@
+"""The benchmarks run from the command line and end with the line that others read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOADER = REPOSITORY / "benchmarks" / "loader.py"
+
+
+def run(*arguments: str, timeout: float) -> str:
+    command = [sys.executable, str(LOADER), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_loader_benchmark_says_how_to_run_it() -> None:
+    assert "--install-energon" in run("--help", timeout=60)
+
+
+@pytest.mark.slow
+def test_the_loader_benchmark_runs_and_ends_with_its_ratios(tmp_path: Path) -> None:
+    output = run("--quick", f"--data={tmp_path}", timeout=900)
+    assert "not installed" in output  # Energon was not asked for
+    result = json.loads(output.splitlines()[-1])
+    for name in ("ratio_webdataset_codes", "ratio_webdataset_jpeg", "ratio_s3_local", "resume_seconds"):
+        assert result[name] > 0, name
+    assert result["ratio_energon_codes"] is None
+    assert result["ratio_energon_jpeg"] is None
+    assert result["resume_exact"] is True
+    assert set(result["resumes"]["ours"]["shapes"]) == {"1x0", "1x2", "2x1", "2x2"}
+    assert result["resumes"]["webdataset 0-2"]["exact"] is False  # a skip is silently wrong with other workers
