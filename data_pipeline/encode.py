@@ -6,13 +6,12 @@
     image               <|image|> codes <|/image|>          segment image
 
 A slot with loss supervises all it contains, markers included, so a generating model learns to open and close images;
-a slot without loss supervises nothing, and neither does <|bos|> or <|eos|>. Labels are shifted here, inside the
-document, so no label can cross into a pack's next document. A document longer than a pack can be cut between its slots
-(`encode_pieces`); each piece is a document of its own, with its own <|bos|> and <|eos|>.
-Cost (run): 150 us for a document of 24 short texts and one 8x8 image, nearly all of it BPE; 19 us for one caption and
-one image. numpy only.
+a slot without loss supervises nothing, and neither does <|bos|> or <|eos|>. What holds for a whole slot, its segment
+and its loss, is kept by slot and written out to tokens once for a whole pack (packing.py). A document longer than a
+pack can be cut between its slots (`encode_pieces`); each piece is a document of its own, with <|bos|> and <|eos|>.
+Cost (run): COST_LINE. numpy only.
 
-Legend: n tokens of the document, m images.
+Legend: n tokens of the document.
 """
 
 from __future__ import annotations
@@ -33,24 +32,46 @@ IGNORED = -100  # the label of a token that is not supervised
 
 @dataclass(eq=False, slots=True)  # not frozen: one is made for every document, and a frozen one takes 2 us more
 class Encoded:
+    """A document's tokens. <|bos|> and <|eos|> count as slots of one token; the first slot never carries loss."""
+
     ids: np.ndarray  # int64 [n]
-    labels: np.ndarray  # int64 [n]: ids[t + 1] where token t + 1 is supervised, else IGNORED
-    segment: np.ndarray  # uint8 [n], index into SEGMENTS
+    slot_lengths: list[int]  # tokens, together n
+    slot_segments: list[int]  # index into SEGMENTS
+    slot_losses: list[bool]
     task: int  # index into TASKS
     source: str
     doc_id: str
-    image_start: np.ndarray  # int64 [m], index of an image's first code
-    image_hw: np.ndarray  # int64 [m, 2], rows and columns of codes
-    image_is_target: np.ndarray  # bool [m], the image carries loss
+    image_starts: list[int]  # index of an image's first code
+    image_shapes: list[tuple[int, int]]  # rows and columns of codes
+    image_targets: list[bool]  # the image carries loss
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [n]: ids[t + 1] where token t + 1 is supervised, else IGNORED."""
+        return shifted_labels(self.ids, self.slot_lengths, self.slot_losses)
+
+    @property
+    def segment(self) -> np.ndarray:
+        """uint8 [n], index into SEGMENTS."""
+        return np.repeat(np.array(self.slot_segments, dtype=np.uint8), self.slot_lengths)
+
+
+def shifted_labels(ids: np.ndarray, slot_lengths: Sequence[int], slot_losses: Sequence[bool]) -> np.ndarray:
+    """int64 [n]: ids[t + 1] where the slot of token t + 1 carries loss, else IGNORED. Documents may follow one another:
+    as none begins with loss, no label crosses into the next."""
+    labels = np.full(len(ids), IGNORED, dtype=np.int64)
+    is_supervised = np.repeat(np.array(slot_losses, dtype=np.bool_), slot_lengths)
+    np.copyto(labels[:-1], ids[1:], where=is_supervised[1:])
+    return labels
 
 
 class _Slot(NamedTuple):
     ids: Sequence[int] | np.ndarray
     has_loss: bool
-    shape: tuple[int, ...] | None = None  # of an image's codes
+    shape: tuple[int, int] | None = None  # of an image's codes
 
 
 def encode(document: Document, vocab: Vocab) -> Encoded | Rejected:
@@ -105,42 +126,42 @@ def _slots(document: Document, vocab: Vocab) -> list[_Slot] | Rejected:
                 ids[1:-1] = vocab.code_ids(codes)
             except ValueError as error:
                 return Rejected(document.key, str(error))
-            slots.append(_Slot(ids, has_loss, codes.shape))
+            slots.append(_Slot(ids, has_loss, (codes.shape[0], codes.shape[1])))
     return slots
 
 
 def _joined(slots: Sequence[_Slot], document: Document, doc_id: str, vocab: Vocab) -> Encoded:
-    num_tokens = 2 + sum(len(slot.ids) for slot in slots)
-    ids = np.empty(num_tokens, dtype=np.int64)
-    labels = np.full(num_tokens, IGNORED, dtype=np.int64)
-    segment = np.empty(num_tokens, dtype=np.uint8)
+    lengths = [1, *(len(slot.ids) for slot in slots), 1]
+    segments, losses = [SYSTEM], [False]
+    ids = np.empty(sum(lengths), dtype=np.int64)
     ids[0], ids[-1] = vocab.bos, vocab.eos
-    segment[0] = segment[-1] = SYSTEM
     starts: list[int] = []
-    shapes: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, int]] = []
     targets: list[bool] = []
     start = 1
-    for slot in slots:
-        end = start + len(slot.ids)
+    for slot, length in zip(slots, lengths[1:-1], strict=True):
+        end = start + length
         ids[start:end] = slot.ids
-        if slot.has_loss:
-            labels[start - 1 : end - 1] = ids[start:end]  # start >= 1, because <|bos|> comes first
+        losses.append(slot.has_loss)
         if slot.shape is None:
-            segment[start:end] = OUTPUT if slot.has_loss else INSTRUCTION
+            segments.append(OUTPUT if slot.has_loss else INSTRUCTION)
         else:
-            segment[start:end] = IMAGE
+            segments.append(IMAGE)
             starts.append(start + 1)
             shapes.append(slot.shape)
             targets.append(slot.has_loss)
         start = end
+    segments.append(SYSTEM)
+    losses.append(False)
     return Encoded(
         ids=ids,
-        labels=labels,
-        segment=segment,
+        slot_lengths=lengths,
+        slot_segments=segments,
+        slot_losses=losses,
         task=TASKS.index(document.task),
         source=document.source,
         doc_id=doc_id,
-        image_start=np.array(starts, dtype=np.int64),
-        image_hw=np.array(shapes, dtype=np.int64).reshape(-1, 2),
-        image_is_target=np.array(targets, dtype=np.bool_),
+        image_starts=starts,
+        image_shapes=shapes,
+        image_targets=targets,
     )

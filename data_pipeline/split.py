@@ -73,7 +73,7 @@ class Split:
         return cls(folder, manifest, images)
 
     def __len__(self) -> int:
-        return self.manifest.samples
+        return self._ends[-1] if self._ends else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder, self.manifest, self.images)

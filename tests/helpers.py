@@ -25,19 +25,18 @@ def document(task: str, num_before: int, num_codes: int, num_after: int, seed: i
     is_target = task == "generate"
     first = num_before if is_target and num_codes else num_before + num_codes
     last = num_before + num_codes if is_target else length
-    labels = np.full(length, -100)
-    labels[first - 1 : last - 1] = ids[first:last]
     num_images = 1 if num_codes else 0
     return Encoded(
         ids=ids,
-        labels=labels,
-        segment=np.zeros(length, dtype=np.uint8),
+        slot_lengths=[first, last - first, length - last],
+        slot_segments=[0, 0, 0],
+        slot_losses=[False, True, False],
         task=TASKS.index(task),
         source="test",
         doc_id=f"{task}-{seed}",
-        image_start=np.full(num_images, num_before),
-        image_hw=np.array([[1, num_codes]] * num_images, dtype=np.int64).reshape(-1, 2),
-        image_is_target=np.array([is_target] * num_images, dtype=bool),
+        image_starts=[num_before] * num_images,
+        image_shapes=[(1, num_codes)] * num_images,
+        image_targets=[is_target] * num_images,
     )
 
 

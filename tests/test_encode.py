@@ -34,17 +34,17 @@ def test_understanding_supervises_the_answers_and_their_ends() -> None:
     answer = ["instruction"] * len(Q) + ["output"] * (len(A) + 1)
     assert names == ["system", *["image"] * 6, *answer, *answer, "system"]
     assert (TASKS[result.task], result.source, result.doc_id) == ("understand", "made", "0")
-    assert result.image_start.tolist() == [2]
-    assert result.image_hw.tolist() == [[2, 2]]
-    assert result.image_is_target.tolist() == [False]
+    assert result.image_starts == [2]
+    assert result.image_shapes == [(2, 2)]
+    assert result.image_targets == [False]
 
 
 def test_generation_supervises_the_image_with_its_markers() -> None:
     result = encoded(make_document(texts=("what color?", None), task="generate", loss=(False, True)))
     assert result.ids.tolist() == [VOCAB.bos, *Q, *IMAGE, VOCAB.eos]
     assert supervised(result) == IMAGE
-    assert result.image_is_target.tolist() == [True]
-    start = int(result.image_start[0])
+    assert result.image_targets == [True]
+    start = result.image_starts[0]
     assert result.ids[start : start + 4].tolist() == CODE_IDS
 
 
@@ -67,9 +67,10 @@ def test_an_empty_text_is_an_empty_slot() -> None:
 
 def test_shapes_and_dtypes_hold_without_images() -> None:
     result = encoded(make_document(texts=("a",), task="text", loss=(True,)))
-    assert (result.image_start.shape, result.image_hw.shape, result.image_is_target.shape) == ((0,), (0, 2), (0,))
-    dtypes = [array.dtype for array in (result.ids, result.labels, result.segment, result.image_hw)]
-    assert dtypes == [np.int64, np.int64, np.uint8, np.int64]
+    assert not result.image_starts + result.image_targets
+    assert not result.image_shapes
+    dtypes = [array.dtype for array in (result.ids, result.labels, result.segment)]
+    assert dtypes == [np.int64, np.int64, np.uint8]
 
 
 def test_an_image_without_codes_or_with_foreign_codes_is_rejected() -> None:

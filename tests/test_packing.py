@@ -19,14 +19,15 @@ def make_encoded(length: int, name: str = "d", has_image: bool = True) -> Encode
     num_images = int(has_image)
     return Encoded(
         ids=ids,
-        labels=np.append(ids[1:], IGNORED),
-        segment=np.full(length, 3, np.uint8),
+        slot_lengths=[1, length - 1],
+        slot_segments=[3, 3],
+        slot_losses=[False, True],
         task=length % 4,
         source="made",
         doc_id=name,
-        image_start=np.ones(num_images, np.int64),
-        image_hw=np.ones((num_images, 2), np.int64),
-        image_is_target=np.ones(num_images, np.bool_),
+        image_starts=[1] * num_images,
+        image_shapes=[(1, 1)] * num_images,
+        image_targets=[True] * num_images,
     )
 
 

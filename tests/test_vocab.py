@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from data_pipeline import vocab as vocab_module
 from data_pipeline.image_tokens import image_tokenizer_fingerprint
 from data_pipeline.vocab import SPECIALS, Vocab
 
@@ -108,3 +109,38 @@ def test_a_tokenizer_folder_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "text" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="no tokenizer"):
         Vocab.load(tmp_path)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([*SPECIALS, "<|", "|>", "'ll", "'Ve", "  ", "\r\n", "what color", " blue", "é", "\u2028"])
+        | st.characters(max_codepoint=160),
+        max_size=12,
+    )
+)
+def test_remembered_words_change_no_ids(parts: list[str]) -> None:
+    text = "".join(parts)
+    for _ in range(2):  # the second time from memory
+        assert VOCAB.encode_text(text) == VOCAB._encode(text)
+
+
+def test_words_are_remembered_only_where_they_are_tokenized_each_for_itself() -> None:
+    lower, prefix, metaspace = (make_tokenizer() for _ in range(3))
+    lower.normalizer = normalizers.Lowercase()
+    prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert VOCAB._words is not None
+    for other in (lower, prefix, metaspace):
+        vocab = Vocab(other, 16, "abc")
+        assert vocab._words is None
+        assert vocab.encode_text("A Circle") == vocab._encode("A Circle")
+
+
+def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab_module, "MAX_WORDS", 8)
+    vocab = make_vocab()
+    for i in range(100):
+        assert vocab.encode_text(f" {i}x") == vocab._encode(f" {i}x")
+        assert vocab._words is not None
+        assert len(vocab._words) <= 8

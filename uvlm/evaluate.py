@@ -36,7 +36,7 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
     """
     config = read_config(run)
     vocab = Vocab.load(config.data.tokenizer)
-    split = Split.open(shards, image_tokenizer=vocab.image_tokenizer)
+    split = Split.open(shards, image_tokenizer=vocab.image_tokenizer, images=False)
     model = UnifiedVLM(load_model(run, vocab))
     num_right, num_asked, num_read = 0, 0, 0
     for pack in _packs(split, vocab, config.data.pack_tokens):
