@@ -28,6 +28,7 @@ from data_pipeline.vocab import Vocab
 SEGMENTS = ("system", "instruction", "image", "output")  # the index is the segment's id
 SYSTEM, INSTRUCTION, IMAGE, OUTPUT = range(len(SEGMENTS))
 IGNORED = -100  # the label of a token that is not supervised
+TOO_LONG = "longer than a pack"  # a category of rejections that says nothing about the data's quality
 
 
 @dataclass(eq=False, slots=True)  # not frozen: one is made for every document, and a frozen one takes 2 us more
@@ -69,7 +70,8 @@ def shifted_labels(ids: np.ndarray, slot_lengths: Sequence[int], slot_losses: Se
 
 
 class _Slot(NamedTuple):
-    ids: Sequence[int] | np.ndarray
+    ids: Sequence[int] | np.ndarray  # of an image without its markers
+    length: int  # in tokens, markers included
     has_loss: bool
     shape: tuple[int, int] | None = None  # of an image's codes
 
@@ -90,21 +92,28 @@ def encode_pieces(document: Document, vocab: Vocab, max_tokens: int) -> list[Enc
     if isinstance(slots, Rejected):
         return slots
     room = max_tokens - 2  # <|bos|> and <|eos|>
+    if room < 1:
+        return Rejected(document.key, f"{TOO_LONG}: a pack has {max_tokens} tokens")
     pieces: list[list[_Slot]] = [[]]
     free = room
     for slot in slots:
-        if len(slot.ids) > room and (slot.shape is not None or room < 1):
-            return Rejected(document.key, f"image is longer than a pack: {len(slot.ids)} tokens of {max_tokens}")
-        for start in range(0, max(1, len(slot.ids)), room):
-            part = slot._replace(ids=slot.ids[start : start + room])
-            if len(part.ids) > free:
+        if slot.length > room and slot.shape is not None:
+            return Rejected(document.key, f"{TOO_LONG}: one image has {slot.length} tokens, a pack has {max_tokens}")
+        for part in [slot] if slot.length <= room else _cut(slot, room):
+            if part.length > free:
                 pieces.append([])
                 free = room
             pieces[-1].append(part)
-            free -= len(part.ids)
+            free -= part.length
     if len(pieces) == 1:
         return [_joined(slots, document, document.key, vocab)]
     return [_joined(piece, document, f"{document.key}/{i}", vocab) for i, piece in enumerate(pieces)]
+
+
+def _cut(slot: _Slot, room: int) -> list[_Slot]:
+    """A text in parts of at most `room` tokens."""
+    parts = [slot.ids[start : start + room] for start in range(0, slot.length, room)]
+    return [slot._replace(ids=part, length=len(part)) for part in parts]
 
 
 def _slots(document: Document, vocab: Vocab) -> list[_Slot] | Rejected:
@@ -114,24 +123,22 @@ def _slots(document: Document, vocab: Vocab) -> list[_Slot] | Rejected:
             tokens = vocab.encode_text(text)
             if has_loss:
                 tokens.append(vocab.end)
-            slots.append(_Slot(tokens, has_loss))
+            slots.append(_Slot(tokens, len(tokens), has_loss))
         else:
             assert image is not None
             codes = document.codes.get(codes_name(image))
             if codes is None:
                 return Rejected(document.key, f"image has no codes, run `uvlm data tokenize`: {image}")
-            ids = np.empty(codes.size + 2, dtype=np.int64)
-            ids[0], ids[-1] = vocab.image_start, vocab.image_end
             try:
-                ids[1:-1] = vocab.code_ids(codes)
+                ids = vocab.code_ids(codes)
             except ValueError as error:
                 return Rejected(document.key, str(error))
-            slots.append(_Slot(ids, has_loss, (codes.shape[0], codes.shape[1])))
+            slots.append(_Slot(ids, len(ids) + 2, has_loss, (codes.shape[0], codes.shape[1])))
     return slots
 
 
 def _joined(slots: Sequence[_Slot], document: Document, doc_id: str, vocab: Vocab) -> Encoded:
-    lengths = [1, *(len(slot.ids) for slot in slots), 1]
+    lengths = [1, *[slot.length for slot in slots], 1]
     segments, losses = [SYSTEM], [False]
     ids = np.empty(sum(lengths), dtype=np.int64)
     ids[0], ids[-1] = vocab.bos, vocab.eos
@@ -141,11 +148,13 @@ def _joined(slots: Sequence[_Slot], document: Document, doc_id: str, vocab: Voca
     start = 1
     for slot, length in zip(slots, lengths[1:-1], strict=True):
         end = start + length
-        ids[start:end] = slot.ids
         losses.append(slot.has_loss)
         if slot.shape is None:
+            ids[start:end] = slot.ids
             segments.append(OUTPUT if slot.has_loss else INSTRUCTION)
         else:
+            ids[start], ids[end - 1] = vocab.image_start, vocab.image_end
+            ids[start + 1 : end - 1] = slot.ids
             segments.append(IMAGE)
             starts.append(start + 1)
             shapes.append(slot.shape)

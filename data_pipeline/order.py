@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BLOCK = 256  # samples that lie together in a shard and are dealt out as one: behind a URL, a request of a megabyte or so
+WINDOW = 1024  # samples among which a row is shuffled
 BLOCKS_PER_ROW = 4  # a small split is cut finer, so that the shares of the rows come out nearly equal
 
 
@@ -27,8 +29,8 @@ def row_order(
     *,
     shard_sizes: Sequence[int],
     num_rows: int,
-    block: int = 64,
-    window: int = 256,
+    block: int = BLOCK,
+    window: int = WINDOW,
 ) -> np.ndarray:
     """The global sample indices that `row` reads in `epoch`, int64 [n], in order.
 

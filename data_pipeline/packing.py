@@ -24,7 +24,9 @@ from data_pipeline.encode import SYSTEM, Encoded, shifted_labels
 
 Item = TypeVar("Item", bound=Sized)
 
-MAX_AGE = 16  # packs; the demo's bins close after 3 on average and 9 at most (run)
+# Packs. Without a limit a bin of the demo stays open for up to 187 packs; with 8 its packs are 97.0% full instead of
+# 97.1%, those of documents of log-normal lengths 99.6% either way; with 4 they are 87% and 91% full (run).
+MAX_AGE = 8
 
 
 @dataclass(eq=False)
@@ -153,6 +155,10 @@ def make_pack(documents: Sequence[Encoded], pack_tokens: int, pad_id: int, name:
             document.image_starts, document.image_shapes, document.image_targets, strict=True
         )
     ]
+
+    def of_list(values: list[Any], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, dtype=dtype))  # a third of the time of torch.tensor
+
     cu_seqlens = np.array([*starts, num_used] + [pack_tokens] * has_tail, dtype=np.int32)
     return Pack(
         ids=torch.from_numpy(ids),
@@ -161,12 +167,12 @@ def make_pack(documents: Sequence[Encoded], pack_tokens: int, pad_id: int, name:
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=max(*lengths, tail, 0),
         segment=torch.from_numpy(np.repeat(np.array(segments, dtype=np.uint8), slot_lengths)),
-        doc_task=torch.tensor([document.task for document in documents] + [-1] * has_tail, dtype=torch.int64),
+        doc_task=of_list([document.task for document in documents] + [-1] * has_tail, np.int64),
         doc_source=[document.source for document in documents] + [""] * has_tail,
         doc_id=[document.doc_id for document in documents] + [""] * has_tail,
-        image_start=torch.tensor([start for start, _, _ in images], dtype=torch.int64),
-        image_hw=torch.tensor([shape for _, shape, _ in images], dtype=torch.int64).reshape(-1, 2),
-        image_is_target=torch.tensor([is_target for _, _, is_target in images], dtype=torch.bool),
+        image_start=of_list([start for start, _, _ in images], np.int64),
+        image_hw=of_list([shape for _, shape, _ in images], np.int64).reshape(-1, 2),
+        image_is_target=of_list([is_target for _, _, is_target in images], np.bool_),
         name=name,
     )
 

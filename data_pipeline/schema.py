@@ -45,8 +45,8 @@ class Rejected:
         return self.reason.partition(":")[0]
 
 
-class _RefusedError(Exception):
-    """Carries a reason out of the checks; never leaves this module."""
+class RefusedError(Exception):
+    """Carries a reason out of checks to the function that makes a `Rejected` of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Document:
         """Checks the members of one sample (suffix -> content). Members that no slot names are left out."""
         try:
             return _checked(key, members)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             return Rejected(key, str(refused)[:MAX_REASON])
 
     def to_members(self) -> dict[str, bytes]:
@@ -103,6 +103,7 @@ def default_loss(task: str, texts: Sequence[str | None]) -> tuple[bool, ...]:
     return tuple(text is not None for text in texts)
 
 
+@functools.lru_cache(maxsize=1024)  # nearly all images of a corpus have one of a few names
 def codes_name(image: str) -> str:
     """The member that holds an image's codes: "0.jpg" -> "0.npy"."""
     return image.rpartition(".")[0] + ".npy"
@@ -110,26 +111,26 @@ def codes_name(image: str) -> str:
 
 def _checked(key: str, members: Mapping[str, bytes]) -> Document:
     if not key or "." in key or "/" in key:
-        raise _RefusedError(f"key is empty or holds a dot or a slash: {key!r}")
+        raise RefusedError(f"key is empty or holds a dot or a slash: {key!r}")
     record = _record(members)
     texts, images = _slots(record)
     task = record.get("task")
     if task not in TASKS:
-        raise _RefusedError(f"unknown task: {task!r}; known are {', '.join(TASKS)}")
+        raise RefusedError(f"unknown task: {task!r}; known are {', '.join(TASKS)}")
     loss = record.get("loss")
     if loss is None:
         loss = default_loss(task, texts)
     elif not isinstance(loss, list) or len(loss) != len(texts) or not all(type(item) is bool for item in loss):
-        raise _RefusedError("loss is not one true or false for each slot")
+        raise RefusedError("loss is not one true or false for each slot")
     source, meta = record.get("source", ""), record.get("meta", {})
     if not isinstance(source, str) or not isinstance(meta, dict):
-        raise _RefusedError("source is not a string or meta is not an object")
+        raise RefusedError("source is not a string or meta is not an object")
 
     image_bytes: dict[str, bytes] = {}
     codes: dict[str, np.ndarray] = {}
     names = {image for image in images if image is not None}
     if len({codes_name(image) for image in names}) < len(names):
-        raise _RefusedError("two images share a stem")
+        raise RefusedError("two images share a stem")
     for image in images:
         if image is None:
             continue
@@ -138,26 +139,26 @@ def _checked(key: str, members: Mapping[str, bytes]) -> Document:
         if codes_name(image) in members:
             codes[codes_name(image)] = _codes(members[codes_name(image)])
         elif image not in members:
-            raise _RefusedError(f"image has neither bytes nor codes: {image}")
+            raise RefusedError(f"image has neither bytes nor codes: {image}")
     return Document(key, tuple(texts), tuple(images), task, tuple(loss), source, meta, image_bytes, codes)
 
 
 def _record(members: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
-        raise _RefusedError("no json member")
+        raise RefusedError("no json member")
     try:
         text = bytes(members["json"]).decode("utf-8")
         record = json.loads(text)
         if "\\u" in text:  # only an escape can smuggle in half a surrogate pair, which no tokenizer takes
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
-        raise _RefusedError(f"json is not valid UTF-8: {error}") from None
+        raise RefusedError(f"json is not valid UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise _RefusedError(f"json cannot be read: {error}") from None
+        raise RefusedError(f"json cannot be read: {error}") from None
     if not isinstance(record, dict):
-        raise _RefusedError("json is not an object")
+        raise RefusedError("json is not an object")
     if text.count("[") + text.count("{") > MAX_NESTING and _is_deeper(record, MAX_NESTING):
-        raise _RefusedError("json is nested too deep")
+        raise RefusedError("json is nested too deep")
     return record
 
 
@@ -172,16 +173,16 @@ def _is_deeper(value: Any, limit: int) -> bool:
 def _slots(record: dict[str, Any]) -> tuple[list[str | None], list[str | None]]:
     texts, images = record.get("texts"), record.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or not texts or len(texts) != len(images):
-        raise _RefusedError("texts and images are not two lists of the same length, at least one slot long")
+        raise RefusedError("texts and images are not two lists of the same length, at least one slot long")
     for text, image in zip(texts, images, strict=True):
         if (text is None) == (image is None):
-            raise _RefusedError("a slot is not exactly one of text and image")
+            raise RefusedError("a slot is not exactly one of text and image")
         if not isinstance(text if image is None else image, str):
-            raise _RefusedError("a slot is not a string")
+            raise RefusedError("a slot is not a string")
         if image is not None:
             stem, _, extension = image.rpartition(".")
             if not stem or not extension or "/" in image or image.startswith("_") or extension == "npy":
-                raise _RefusedError(f"image name is not like 0.jpg: {image!r}")
+                raise RefusedError(f"image name is not like 0.jpg: {image!r}")
     return texts, images
 
 
@@ -190,10 +191,10 @@ def _codes(content: bytes) -> np.ndarray:
     claims before it looks for the data, so a small file could ask for all memory."""
     header_end = 10 + int.from_bytes(content[8:10], "little")
     if content[:8] != NPY_MAGIC or len(content) < header_end:
-        raise _RefusedError("codes are not a .npy file of version 1.0")
+        raise RefusedError("codes are not a .npy file of version 1.0")
     shape, order, dtype, num_bytes = _npy_layout(content[8:header_end])
     if len(content) - header_end != num_bytes:
-        raise _RefusedError("codes hold more or fewer bytes than their shape says")
+        raise RefusedError("codes hold more or fewer bytes than their shape says")
     return np.ndarray(shape, dtype, content, header_end, order=order)
 
 
@@ -203,9 +204,9 @@ def _npy_layout(header: bytes) -> tuple[tuple[int, int], Literal["F", "C"], np.d
     try:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
     except Exception as error:  # a header is parsed as Python literals, so damage shows as almost any error
-        raise _RefusedError(f"codes have a damaged header: {type(error).__name__}") from None
+        raise RefusedError(f"codes have a damaged header: {type(error).__name__}") from None
     if dtype not in CODE_DTYPES:
-        raise _RefusedError(f"codes are not uint16 or uint32: {dtype}")
+        raise RefusedError(f"codes are not uint16 or uint32: {dtype}")
     if len(shape) != 2 or min(shape) < 1:
-        raise _RefusedError(f"codes are not of shape [h, w]: {list(shape)}")
+        raise RefusedError(f"codes are not of shape [h, w]: {list(shape)}")
     return shape, "F" if fortran_order else "C", dtype, math.prod(shape) * dtype.itemsize

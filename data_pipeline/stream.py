@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipeline.encode import Encoded, encode, encode_pieces
-from data_pipeline.order import row_order
+from data_pipeline.encode import TOO_LONG, Encoded, encode, encode_pieces
+from data_pipeline.order import WINDOW, row_order
 from data_pipeline.packing import BestFit, Pack, make_pack
 from data_pipeline.schema import Rejected
 from data_pipeline.sources import OpenSource
@@ -28,9 +28,6 @@ from data_pipeline.vocab import Vocab
 
 MAX_REJECTED_RUN = 1000  # documents of one source rejected one after the other; a source like that is broken
 MIN_SEEN = 200  # documents before a share of rejected ones means something
-WINDOW = 256  # samples; that of `row_order`, over which reads are scattered
-AHEAD = 1024  # samples that a remote folder is told of; with one window the wait for each request shows (run)
-TOO_LONG = "longer than a pack"
 
 
 class _Cursor:
@@ -38,18 +35,11 @@ class _Cursor:
 
     def __init__(self, opened: OpenSource, seed: int, row: int, num_rows: int, state: Mapping[str, Any]) -> None:
         self.source, self.split = opened.source, opened.split
-        self.shards = self.split.manifest.fingerprint
-        if state and state["shards"] != self.shards:
-            raise ValueError(
-                f"the shards of source {self.source.name!r} are not those that the run was saved with; give the run "
-                "its old data, or start a new run"
-            )
         self.seed, self.row, self.num_rows = seed, row, num_rows
         self.credit: float = state.get("credit", 0.0)  # documents by which it is behind its share
         self.draws: int = state.get("draws", 0)  # accepted documents
         self.epoch: int = state.get("epoch", 0)
         self.position: int = state.get("position", 0)  # in this row's order of the epoch
-        self.rejected_run = 0
         self._enter_epoch()
 
     def _enter_epoch(self) -> None:
@@ -62,7 +52,7 @@ class _Cursor:
         while self.position >= len(self._order):
             self.epoch, self.position = self.epoch + 1, 0
             self._enter_epoch()
-        while self._hinted < min(self.position + AHEAD, len(self._order)):
+        while self._hinted < min(self.position + WINDOW, len(self._order)):  # a window ahead
             end = (self._hinted // WINDOW + 1) * WINDOW
             self.split.prefetch(self._order[self._hinted : end])
             self._hinted = end
@@ -71,12 +61,33 @@ class _Cursor:
 
     def state(self) -> dict[str, Any]:
         return {
-            "shards": self.shards,
+            "shards": self.split.manifest.fingerprint,
             "credit": self.credit,
             "draws": self.draws,
             "epoch": self.epoch,
             "position": self.position,
         }
+
+
+def check_state(state: Mapping[str, Any], opened: Sequence[OpenSource], pack_tokens: int) -> None:
+    """ValueError where a state is not of these sources, these shards and packs of `pack_tokens`."""
+    saved, names = state["anchor"]["sources"], [item.source.name for item in opened]
+    if list(saved) != names:
+        raise ValueError(
+            f"the data state was saved with the sources {', '.join(saved)} and cannot go on with "
+            f"{', '.join(names)}; restore the old list, or start a new run"
+        )
+    if state["pack_tokens"] != pack_tokens:
+        raise ValueError(
+            f"the data state was saved with pack_tokens={state['pack_tokens']} and cannot go on with "
+            f"{pack_tokens}; restore it, or start a new run"
+        )
+    for item in opened:
+        if saved[item.source.name]["shards"] != item.split.manifest.fingerprint:
+            raise ValueError(
+                f"the shards of source {item.source.name!r} are not those that the run was saved with; give the run "
+                "its old data, or start a new run"
+            )
 
 
 class RowStream:
@@ -97,19 +108,10 @@ class RowStream:
     ) -> None:
         """ValueError where `state` does not belong to these sources."""
         state = state or {}
+        if state:
+            check_state(state, opened, pack_tokens)
         anchor = state.get("anchor", {})
         saved = anchor.get("sources", {})
-        names = [item.source.name for item in opened]
-        if state and list(saved) != names:
-            raise ValueError(
-                f"the data state was saved with the sources {', '.join(saved)} and cannot go on with "
-                f"{', '.join(names)}; restore the old list, or start a new run"
-            )
-        if state and state["pack_tokens"] != pack_tokens:
-            raise ValueError(
-                f"the data state was saved with pack_tokens={state['pack_tokens']} and cannot go on with "
-                f"{pack_tokens}; restore it, or start a new run"
-            )
         self.vocab, self.row, self.pack_tokens = vocab, row, pack_tokens
         self.max_rejected_share = max_rejected_share
         self.cursors = [_Cursor(item, seed, row, num_rows, saved.get(item.source.name, {})) for item in opened]
@@ -140,7 +142,7 @@ class RowStream:
         return pack, self._state()
 
     def take_refused(self) -> list[dict[str, Any]]:
-        """The bad documents met since the last call: source, sample, key and reason."""
+        """The bad documents met since the last call: row, pack, source, sample, key and reason."""
         refused, self._refused = self._refused, []
         return refused
 
@@ -159,9 +161,13 @@ class RowStream:
             "packs": self.num_packs,
             "pack_tokens": self.pack_tokens,
             "rejected": dict(self.rejected),
-            "free": list(self._bins.free),
+            "now": self._now(),
             "anchor": self._anchors[0],
         }
+
+    def _now(self) -> list[list[int]]:
+        """What a replay must come to."""
+        return [list(self._bins.free), *([cursor.draws, cursor.epoch, cursor.position] for cursor in self.cursors)]
 
     def _anchor(self) -> dict[str, Any]:
         return {
@@ -182,7 +188,7 @@ class RowStream:
         while self.num_packs < state["packs"]:
             self._next_documents()
         self.take_refused()  # told when they were met first
-        fits = self._bins.free == state["free"] and self.rejected == state["rejected"]
+        fits = self._now() == state["now"] and self.rejected == state["rejected"]
         if not fits or any(isinstance(item, range) for items in self._bins.bins for item in items):
             raise ValueError(
                 f"row {self.row} cannot go on where the run was saved: its documents are not read as they were; give "
@@ -204,27 +210,27 @@ class RowStream:
 
     def _next_usable(self, source: int) -> list[Encoded]:
         cursor = self.cursors[source]
+        num_rejected = 0
         while True:
             sample = cursor.next_sample()
             pieces = self._encoded(source, sample)
             if not isinstance(pieces, Rejected):
                 cursor.draws += 1
-                cursor.rejected_run = 0
                 self._pieces_of = source, sample
                 return pieces
             self.rejected[pieces.category] = self.rejected.get(pieces.category, 0) + 1
-            cursor.rejected_run += 1
             if pieces.category != TOO_LONG:
-                place = {"source": cursor.source.name, "sample": sample}
+                place = {"row": self.row, "pack": self.num_packs, "source": cursor.source.name, "sample": sample}
                 self._refused.append({**place, "key": pieces.key, "reason": pieces.reason})
-            self._check_rejected(cursor, pieces.reason)
+            num_rejected += 1
+            self._check_rejected(cursor, pieces.reason, num_rejected)
 
-    def _check_rejected(self, cursor: _Cursor, reason: str) -> None:
-        if cursor.rejected_run >= min(MAX_REJECTED_RUN, 20 * len(cursor.split)):
+    def _check_rejected(self, cursor: _Cursor, reason: str, num_in_a_row: int) -> None:
+        if num_in_a_row >= min(MAX_REJECTED_RUN, 20 * len(cursor.split)):
             is_long = reason.startswith(TOO_LONG)
             remedy = "raise data.pack_tokens, or set over_long: split" if is_long else "make its shards again"
             raise ValueError(
-                f"source {cursor.source.name!r} gave {cursor.rejected_run} documents in a row that cannot be used, "
+                f"source {cursor.source.name!r} gave {num_in_a_row} documents in a row that cannot be used, "
                 f"the last because: {reason}; {remedy}"
             )
         num_bad = sum(count for category, count in self.rejected.items() if category != TOO_LONG)

@@ -19,6 +19,7 @@ from data_pipeline.schema import Document, Rejected, codes_name
 
 BLOCK = 512  # bytes; a tar consists of such blocks
 HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x c 166x")  # name, size, checksum, kind, "ustar", prefix
+TEXT_AND_CODES = ("json", ".npy")  # how the names of these members end
 STEP = 4096  # bytes read at once where images are stepped over: a header with codes or texts and the next header
 
 Read = Callable[[int, int], bytes]  # bytes [start, end) of the sample
@@ -38,8 +39,9 @@ def read_members(place: str, size: int, read: Read, images: bool = True) -> Memb
     if images or isinstance(found, Rejected):
         return found
     key, by_suffix = found
-    left_out = [name for name in by_suffix if not _is_json_or_codes(name) and codes_name(name) in by_suffix]
-    if len(left_out) + sum(map(_is_json_or_codes, by_suffix)) < len(by_suffix):
+    pictures = [name for name in by_suffix if not name.endswith(TEXT_AND_CODES)]
+    left_out = [name for name in pictures if codes_name(name) in by_suffix]
+    if len(left_out) < len(pictures):
         found = _members(place, size, read, images=True)  # an image without codes is wanted, and rare
         if isinstance(found, Rejected):
             return found
@@ -77,10 +79,6 @@ def _members(place: str, size: int, read: Read, images: bool) -> Members | Rejec
     return key, by_suffix
 
 
-def _is_json_or_codes(name: str) -> bool:
-    return name.endswith(("json", ".npy"))
-
-
 def _plain_members(size: int, read: Read, images: bool) -> list[tuple[str, bytes]] | None:
     """(name, data) of ordinary files with short names; None if there is anything else or any doubt, and tarfile
     decides. Without `images`, what is neither json nor codes comes empty."""
@@ -110,7 +108,7 @@ def _plain_members(size: int, read: Read, images: bool) -> list[tuple[str, bytes
         end = start + num_bytes
         if not (is_intact and is_plain) or num_bytes < 0 or end > size:
             return None
-        if not images and not _is_json_or_codes(name):
+        if not images and not name.endswith(TEXT_AND_CODES):
             members.append((name, b""))
         elif end <= base + len(buffer):
             members.append((name, buffer[start - base : end - base]))

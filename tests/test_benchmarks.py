@@ -34,5 +34,5 @@ def test_the_loader_benchmark_runs_and_ends_with_its_ratios(tmp_path: Path) -> N
     assert result["ratio_energon_codes"] is None
     assert result["ratio_energon_jpeg"] is None
     assert result["resume_exact"] is True
-    assert set(result["resumes"]["ours"]["shapes"]) == {"1x0", "1x2", "2x1", "2x2"}
+    assert set(result["resumes"]["ours"]["shapes"]) == {"1x0", "1x2", "2x1", "2x4", "4x1", "4x2"}
     assert result["resumes"]["webdataset 0-2"]["exact"] is False  # a skip is silently wrong with other workers

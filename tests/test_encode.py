@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_pipeline.encode import IGNORED, SEGMENTS, Encoded, encode
+from data_pipeline.encode import IGNORED, SEGMENTS, TOO_LONG, Encoded, encode, encode_pieces
 from data_pipeline.schema import TASKS, Document, Rejected
 from tests.test_schema import make_document
 from tests.test_vocab import VOCAB
@@ -63,6 +63,23 @@ def test_an_empty_text_is_an_empty_slot() -> None:
     result = encoded(make_document(texts=("", ""), task="text", loss=(False, True)))
     assert result.ids.tolist() == [VOCAB.bos, VOCAB.end, VOCAB.eos]
     assert supervised(result) == [VOCAB.end]
+
+
+def test_pieces_hold_all_slots_and_none_is_too_long() -> None:
+    texts = ("", "what color?", None, " blue" * 9, "", None)
+    document = make_document(texts=texts, task="interleave", loss=(False, True, False, True, True, True))
+    whole = encoded(document)
+    for max_tokens in range(8, len(whole) + 1):
+        pieces = encode_pieces(document, VOCAB, max_tokens)
+        assert isinstance(pieces, list)
+        assert max(map(len, pieces)) <= max_tokens
+        assert [i for piece in pieces for i in piece.ids[1:-1]] == whole.ids[1:-1].tolist()
+        assert [i for piece in pieces for i in supervised(piece)] == supervised(whole)
+        assert sum(len(piece.image_starts) for piece in pieces) == 2
+    for max_tokens in (1, 2, 7):  # an image takes six tokens besides <|bos|> and <|eos|>
+        pieces = encode_pieces(document, VOCAB, max_tokens)
+        assert isinstance(pieces, Rejected)
+        assert pieces.category == TOO_LONG
 
 
 def test_shapes_and_dtypes_hold_without_images() -> None:

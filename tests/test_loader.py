@@ -154,6 +154,21 @@ def test_bad_documents_are_put_aside_once_their_step_is_consumed(tmp_path: Path,
     assert quarantine.read_text().splitlines()[:2] == told
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_bad_documents_that_stop_a_run_are_put_aside_too(tmp_path: Path, num_workers: int) -> None:
+    documents = [picture(i) for i in range(400)]
+    for document in documents[::3]:
+        document.codes.clear()
+    source = Source("some", write_source(tmp_path / "some", documents))
+    quarantine = tmp_path / "quarantine.jsonl"
+    loader = Loader([source], VOCAB, pack_tokens=4096, num_rows=2, num_workers=num_workers, quarantine=quarantine)
+    with pytest.raises(ValueError, match=r"(\d+) of the first 200 documents of row") as error:
+        list(loader)
+    told = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert len(told) >= int(str(error.value).split()[0])
+    assert {each["sample"] % 3 for each in told} == {0}
+
+
 def test_workers_ignore_the_signals_that_stop_a_job(sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
     set_to = {}
     monkeypatch.setattr(signal, "signal", lambda number, handler: set_to.update({number: handler}))

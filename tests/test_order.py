@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.order import row_order
+from data_pipeline.order import BLOCK, row_order
 
 SHARDS = st.lists(st.integers(0, 400), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 
@@ -33,7 +33,7 @@ def test_every_row_has_its_turn_where_samples_are_few(num_samples: int, num_rows
 @given(st.integers(200, 3000), st.integers(1, 8))
 def test_the_shares_of_the_rows_are_nearly_equal(num_samples: int, num_rows: int) -> None:
     sizes = [len(row_order(0, 0, row, shard_sizes=[num_samples], num_rows=num_rows)) for row in range(num_rows)]
-    assert max(sizes) - min(sizes) <= 2 * 64
+    assert max(sizes) - min(sizes) <= 2 * BLOCK
     assert min(sizes) >= 0.6 * num_samples / num_rows
 
 

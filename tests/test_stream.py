@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.encode import Encoded
+from data_pipeline.packing import MAX_AGE
 from data_pipeline.schema import Document
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Source, open_sources
@@ -131,7 +132,7 @@ def test_a_bin_that_nothing_fits_closes_in_the_end(tmp_path: Path) -> None:
     for _ in range(250):
         _, state = next(row)
         ages.append(state["packs"] - state["anchor"]["packs"])
-    assert 8 < max(ages) <= 17
+    assert 6 < max(ages) <= MAX_AGE + 1
 
 
 def test_a_long_document_is_split_between_its_slots_where_its_source_says_so(tmp_path: Path) -> None:
@@ -158,6 +159,17 @@ def test_a_long_document_is_split_between_its_slots_where_its_source_says_so(tmp
         pack, state = next(resumed)
         assert_equal(pack, steps[stop + 1][0])
         assert state == steps[stop + 1][1]
+
+
+def test_an_image_too_large_for_any_pack_is_counted_as_long_and_stops_nothing(tmp_path: Path) -> None:
+    huge = make_document("huge", ("a", None, "b"), codes={"1.npy": np.zeros((8, 8), np.uint16)})
+    documents = [huge if i % 3 == 0 else picture(i) for i in range(300)]
+    documents = [dataclasses.replace(document, key=f"d{i}") for i, document in enumerate(documents)]
+    opened = open_sources([Source("s", write_source(tmp_path, documents), over_long="split")], VOCAB)
+    row = RowStream(opened, VOCAB, row=0, num_rows=1, pack_tokens=48)
+    states = [next(row)[1] for _ in range(300)]
+    assert set(states[-1]["rejected"]) == {"longer than a pack"}
+    assert row.take_refused() == []
 
 
 def test_too_many_bad_documents_stop_the_run_and_say_why(tmp_path: Path) -> None:
@@ -242,13 +254,16 @@ def test_sources_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 def test_a_state_of_other_data_is_refused(tmp_path: Path) -> None:
     sources = make_sources(tmp_path)
-    _, state = next(stream(sources))
+    row = stream(sources)
+    _, state = next(row)
+    later = [next(row)[1] for _ in range(30)][-1]
     with pytest.raises(ValueError, match="questions, pictures"):
         stream(sources[:1], state=state)
     with pytest.raises(ValueError, match="pack_tokens=128 and cannot go on with 64"):
         stream(sources, pack_tokens=64, state=state)
-    with pytest.raises(ValueError, match="not read as they were"):
-        stream([sources[0], dataclasses.replace(sources[1], weight=0.1)], state=state)
+    for changed in (0.1, 1.0):
+        with pytest.raises(ValueError, match="not read as they were"):
+            stream([sources[0], dataclasses.replace(sources[1], weight=changed)], state=later)
     shutil.rmtree(tmp_path / "p")
     write_source(tmp_path / "p", [picture(i) for i in range(50)], samples_per_shard=7)  # the same, cut otherwise
     with pytest.raises(ValueError, match="shards of source 'pictures' are not those that the run was saved with"):

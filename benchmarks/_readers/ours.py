@@ -33,8 +33,8 @@ from data_pipeline.split import Split
 from data_pipeline.vocab import Vocab
 
 PACK_TOKENS = 4096  # holds seven documents
-NUM_ROWS = 4
-SHAPES = ((1, 0), (1, 2), (2, 1), (2, 2))  # ranks x workers
+NUM_ROWS = 8
+SHAPES = ((1, 0), (1, 2), (2, 1), (2, 4), (4, 1), (4, 2))  # ranks x workers
 SEED = 0
 
 
