@@ -9,7 +9,7 @@ A slot with loss supervises all it contains, markers included, so a generating m
 a slot without loss supervises nothing, and neither does <|bos|> or <|eos|>. What holds for a whole slot, its segment
 and its loss, is kept by slot and written out to tokens once for a whole pack (packing.py). A document longer than a
 pack can be cut between its slots (`encode_pieces`); each piece is a document of its own, with <|bos|> and <|eos|>.
-Cost (run): COST_LINE. numpy only.
+Cost (run): 45 us for a document of 24 short texts and one 8x8 image, 7 us for one caption and one image. numpy only.
 
 Legend: n tokens of the document.
 """

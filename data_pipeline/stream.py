@@ -10,7 +10,8 @@ where documents go depends only on room, so the contents of the anchor's bins ar
 Sources are mixed by weight, counted in accepted documents: the source furthest behind its share is drawn next. So the
 mixture is exact at every moment and needs no random numbers. Weights may change at given steps.
 
-Cost (run, documents of 165 and 71 tokens): a state has 0.6 kB for two sources and is taken up again in 15 ms.
+Cost (run): a state has 0.3 kB, and 0.1 kB more for each source beyond the first; it is taken up again in 3 ms where packs
+have 4,096 tokens and in 17 ms where they have 32,768.
 """
 
 from __future__ import annotations

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOADER = REPOSITORY / "benchmarks" / "loader.py"
+BENCHMARKS = REPOSITORY / "benchmarks"
 
 
-def run(*arguments: str, timeout: float) -> str:
-    command = [sys.executable, str(LOADER), *arguments]
+def run(name: str, *arguments: str, timeout: float) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_the_loader_benchmark_says_how_to_run_it() -> None:
-    assert "--install-energon" in run("--help", timeout=60)
+    assert "--install-energon" in run("loader.py", "--help", timeout=60)
 
 
 @pytest.mark.slow
 def test_the_loader_benchmark_runs_and_ends_with_its_ratios(tmp_path: Path) -> None:
-    output = run("--quick", f"--data={tmp_path}", timeout=900)
+    output = run("loader.py", "--quick", f"--data={tmp_path}", timeout=900)
     assert "not installed" in output  # Energon was not asked for
     result = json.loads(output.splitlines()[-1])
     for name in ("ratio_webdataset_codes", "ratio_webdataset_jpeg", "ratio_s3_local", "resume_seconds"):
@@ -36,3 +36,11 @@ def test_the_loader_benchmark_runs_and_ends_with_its_ratios(tmp_path: Path) -> N
     assert result["resume_exact"] is True
     assert set(result["resumes"]["ours"]["shapes"]) == {"1x0", "1x2", "2x1", "2x4", "4x1", "4x2"}
     assert result["resumes"]["webdataset 0-2"]["exact"] is False  # a skip is silently wrong with other workers
+
+
+@pytest.mark.slow
+def test_a_worker_holds_no_more_memory_after_a_hundred_thousand_documents() -> None:
+    result = json.loads(run("memory.py", "--documents=100000", timeout=300).splitlines()[-1])
+    assert result["documents"] >= 100_000
+    assert result["flat"] is True
+    assert abs(result["growth"]) <= 0.05

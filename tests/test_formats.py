@@ -9,7 +9,7 @@ mmc4          https://github.com/allenai/mmc4 (text_list, image_info, similarity
 OpenFlamingo  https://github.com/mlfoundations/open_flamingo (scripts/convert_mmc4_to_wds.py: image_base64)
 LLaVA         https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md (conversations)
 C4            https://huggingface.co/datasets/allenai/c4 (text, timestamp, url)
-easy-vqa and canonical shards are ours: see data_pipeline/convert/vqa.py and DESIGN in the README.
+The layouts of `vqa` and of canonical shards are ours: data_pipeline/convert/vqa.py, data_pipeline/schema.py.
 """
 
 from __future__ import annotations
