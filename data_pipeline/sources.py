@@ -68,9 +68,8 @@ def _check_weights(sources: Sequence[Source]) -> None:
             raise ValueError(f"the weights of source {source.name!r} are for the steps {steps}; begin at 0 and go up")
         weights = [weight for _, weight in source.weights]
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise ValueError(
-                f"source {source.name!r} has weight {source.weight}; give it a positive weight or remove it"
-            )
+            told = ", ".join(f"{weight:g} from step {step}" for step, weight in source.weights)
+            raise ValueError(f"source {source.name!r} has weight {told}; give it a positive weight or remove it")
     for step in sorted({step for source in sources for step, _ in source.weights}):
         if not any(source.weight_at(step) for source in sources):
             raise ValueError(f"all sources have weight 0 from step {step} on; give one a positive weight there")

@@ -39,6 +39,7 @@ def test_overrides_win_and_are_yaml() -> None:
         ("policy.keep=1", "unknown key 'policy.keep'; the nearest known one is 'policy."),
         ("data.train=[{path: a, wieght: 2}]", "the nearest known one is 'data.train.0.weight'"),
         ("optim.steps=0", "optim.steps=0: input should be greater than 0"),
+        ("data.train=[{path: a, weight: much}]", "data.train.0.weight='much': input should be a valid number"),
         ("policy={name: rout}", "policy.name must be one of dense, route"),
         ("policy={name: route, first_layer: 1, last_layer: 9}", "policy.last_layer=9 is outside a model of 4 layers"),
         ("policy={name: route, first_layer: 1, last_layer: 2, keep_input: 1.5}", "policy.keep_input=1.5"),

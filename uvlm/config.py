@@ -157,6 +157,7 @@ def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
     path = list(error["loc"])
     if path[:1] == ["policy"]:
         path = [part for part in path if part not in _POLICIES]  # pydantic names the chosen branch of the union too
+    path = [part for part in path if part not in ("float", "dict[int,float]")]  # and the branches of a weight
     name = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], tree)
