@@ -13,6 +13,7 @@ costs the caching. The oldest blocks are removed first.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import zlib
@@ -22,8 +23,8 @@ from pathlib import Path
 
 SUFFIX = ".block"
 CRC_BYTES = 4
-# A process makes room each time it has written LOOK_AFTER of the bound, and then down to KEEP of it: with up to
-# (1 - KEEP) / LOOK_AFTER = 64 processes on a node the bound holds at every moment.
+# Whoever writes makes room before the first block, and each time it has written LOOK_AFTER of the bound, and then down
+# to KEEP of it: with up to (1 - KEEP) / LOOK_AFTER = 64 processes on a node the bound holds at every moment.
 LOOK_AFTER = 1 / 256
 KEEP = 3 / 4
 
@@ -32,7 +33,7 @@ KEEP = 3 / 4
 class BlockCache:
     folder: Path
     max_bytes: int
-    _written: int = field(default=0, compare=False)  # since room was last made, by this process
+    _written: float = field(default=math.inf, compare=False)  # since room was last made: before the first block, never
 
     @classmethod
     def of_environment(cls) -> BlockCache | None:

@@ -163,7 +163,7 @@ class ImageTokenizer:
     def __init__(self, model: Any, preprocessing: Preprocessing, fingerprint: str) -> None:
         """Takes the model over, which is of one of FAMILIES. ValueError where it does not fit `preprocessing`."""
         config, size = model.config, preprocessing.image_size
-        factor = preprocessing.pixel_unshuffle * 2 ** (len(config.channel_multiplier) - 1)
+        factor = _pixels_per_code(preprocessing, len(config.channel_multiplier))
         side = size // factor
         fits = config.in_channels == config.out_channels == 3 * preprocessing.pixel_unshuffle**2
         wanted_side = getattr(config, "num_patches", side)  # Janus models are of one size, Emu3 models of any
@@ -273,6 +273,23 @@ def num_codes_of(config: Any) -> int | None:
     """The size of the codebook by the content of an image tokenizer's config.json; None where it does not say."""
     found = config.get("num_embeddings", config.get("codebook_size")) if isinstance(config, dict) else None
     return found if type(found) is int and found >= 1 else None
+
+
+def codes_hw_of(folder: Path) -> tuple[int, int] | None:
+    """The shape of the codes of the image tokenizer in `folder`, by its config.json and preprocessing.json alone; None
+    where they do not say. FileNotFoundError or ValueError where these are missing or cannot be understood."""
+    preprocessing = Preprocessing.load(folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    levels = config.get("channel_multiplier") if isinstance(config, dict) else None
+    if not isinstance(levels, list) or not levels:
+        return None
+    side = preprocessing.image_size // _pixels_per_code(preprocessing, len(levels))
+    return side, side
+
+
+def _pixels_per_code(preprocessing: Preprocessing, num_levels: int) -> int:
+    """Along a side: each level but the last of the encoder halves the picture, after it has been folded."""
+    return preprocessing.pixel_unshuffle * 2 ** (num_levels - 1)
 
 
 def fold(images_BHWC: np.ndarray, folding: int) -> torch.Tensor:

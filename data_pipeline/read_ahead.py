@@ -1,8 +1,9 @@
 """Runs of samples on their way from remote storage: fetched in the background, a request each, until they are read.
 
-There is one `ReadAhead` in a process. What it holds and fetches is bounded by MAX_BYTES: a run that is announced
-beyond that waits until there is room or until one of its samples is read, whichever comes first; then the oldest runs
-give way. A run whose every sample was read is dropped at once.
+There is one `ReadAhead` in a process. What it holds and fetches is bounded by MAX_BYTES. A run that is announced beyond
+that waits until there is room, or until one of its samples is read: then runs of which nothing has been read yet give
+way, the last announced first, for they are needed last, and wait in their turn. Where all that is held is being read,
+the sample is left to the reader, who never waits for room. A run whose every sample was read is dropped at once.
 
 Samples are held as `load` gives them: without their images they take a few kilobytes, so what waits to be read is small
 beside what is on its way.
@@ -14,9 +15,8 @@ import functools
 import os
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any
 
 from data_pipeline.storage import NUM_CONNECTIONS
@@ -31,16 +31,16 @@ class _Run:
     def __init__(self, keys: Sequence[Hashable], load: Load, num_bytes: int) -> None:
         self.load, self.num_bytes = load, num_bytes  # a guess until it is loaded
         self.places = {key: i for i, key in enumerate(keys)}  # of the samples that were not read yet
-        self.values: Future[Sequence[Any]] | None = None
+        self.is_begun = False  # one of its samples was read
+        self.values: Future[Sequence[Any]] | None = None  # None while it waits for room
 
 
 class ReadAhead:
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._started: queue.SimpleQueue[tuple[_Run, Future[Sequence[Any]]]] = queue.SimpleQueue()
-        for i in range(NUM_FETCHES):  # daemons, unlike those of an executor: a process ends without waiting for them
-            threading.Thread(target=_fetch, args=(self._started,), name=f"read-ahead-{i}", daemon=True).start()
-        self._runs: OrderedDict[int, _Run] = OrderedDict()  # by id; first those that were announced first
+        self._num_threads = 0
+        self._runs: dict[int, _Run] = {}  # by id, in the order they were announced
         self._run_of: dict[Hashable, _Run] = {}  # by sample
 
     @property
@@ -60,62 +60,70 @@ class ReadAhead:
             self._start_waiting()
 
     def take(self, key: Hashable) -> Any | None:
-        """What `load` gave for a sample, waiting for it if need be; None where the sample is not announced or could
-        not be loaded for an I/O error. A sample can be taken once."""
+        """What `load` gave for a sample, waiting for it if need be; None where the sample is not announced, could not
+        be loaded for an I/O error, or finds no room. A sample can be taken once."""
         with self._lock:
             run = self._run_of.pop(key, None)
             if run is None:
                 return None
-            values = run.values or self._start(run)
-            place = run.places.pop(key)
+            if run.values is None and self._make_room(run):
+                self._start(run)
+            run.is_begun = True
+            place, values = run.places.pop(key), run.values
             is_last = not run.places
         try:
-            return values.result()[place]
-        except (OSError, CancelledError):
+            return values.result()[place] if values is not None else None
+        except OSError:
             return None
         finally:
             if is_last:
                 with self._lock:
-                    self._drop(run)
+                    del self._runs[id(run)]
                     self._start_waiting()
 
-    def _start(self, run: _Run) -> Future[Sequence[Any]]:
-        while self.num_bytes + run.num_bytes > MAX_BYTES:
-            started = [other for other in self._runs.values() if other.values is not None]
-            if not started:
-                break
-            self._drop(started[0])
-        run.values = Future()
-        run.values.add_done_callback(self._start_waiting)  # it may take less than was guessed
-        self._started.put((run, run.values))
-        return run.values
+    def _fits(self, run: _Run) -> bool:
+        """One that is larger than the bound is held alone."""
+        num_bytes = self.num_bytes
+        return num_bytes + run.num_bytes <= MAX_BYTES or num_bytes == 0
 
-    def _start_waiting(self, _: object = None) -> None:
-        with self._lock:
-            for run in [run for run in self._runs.values() if run.values is None]:
-                if self.num_bytes + run.num_bytes > MAX_BYTES and self.num_bytes > 0:
+    def _make_room(self, run: _Run) -> bool:
+        """Whether the run fits now."""
+        for other in reversed(self._runs.values()):
+            if self._fits(run):
+                return True
+            # What is under way cannot be stopped, so it goes on to count.
+            if other.values is not None and not other.is_begun and (other.values.done() or other.values.cancel()):
+                other.values = None
+        return self._fits(run)
+
+    def _start_waiting(self) -> None:
+        for run in list(self._runs.values()):
+            if run.values is None:
+                if not self._fits(run):
                     break
                 self._start(run)
 
-    def _drop(self, run: _Run) -> None:
-        self._runs.pop(id(run), None)
-        for key in run.places:
-            if self._run_of.get(key) is run:
-                del self._run_of[key]
-        if run.values is not None:
-            run.values.cancel()
+    def _start(self, run: _Run) -> None:
+        run.values = Future()
+        self._started.put((run, run.values))
+        num_busy = sum(run.values is not None and not run.values.done() for run in self._runs.values())
+        if self._num_threads < min(num_busy, NUM_FETCHES):
+            self._num_threads += 1
+            # A daemon, unlike those of an executor: a process ends without waiting for them.
+            threading.Thread(target=self._fetch, name=f"read-ahead-{self._num_threads}", daemon=True).start()
 
-
-def _fetch(started: queue.SimpleQueue[tuple[_Run, Future[Sequence[Any]]]]) -> None:
-    while True:
-        run, future = started.get()
-        if future.set_running_or_notify_cancel():
-            try:
-                values, run.num_bytes = run.load()
-            except Exception as error:
-                future.set_exception(error)  # to be raised where a sample of the run is read
-            else:
-                future.set_result(values)
+    def _fetch(self) -> None:
+        while True:
+            run, values = self._started.get()
+            if values.set_running_or_notify_cancel():
+                try:
+                    loaded, run.num_bytes = run.load()
+                except Exception as error:
+                    values.set_exception(error)  # to be raised where a sample of the run is read
+                else:
+                    values.set_result(loaded)
+                with self._lock:
+                    self._start_waiting()  # it may take less than was guessed
 
 
 def of_process() -> ReadAhead:

@@ -23,14 +23,14 @@ import numpy as np
 
 from data_pipeline import read_ahead
 from data_pipeline.block_cache import BlockCache
+from data_pipeline.order import BLOCK
 from data_pipeline.schema import Document, Rejected
 from data_pipeline.shards import Manifest, ShardInfo, load_index
 from data_pipeline.storage import Folder
-from data_pipeline.tar_sample import Members, read_members
+from data_pipeline.tar_sample import MAX_SAMPLE_BYTES, Members, read_members, too_large
 
 NUM_INDEXES = 1024  # indexes of shards that a split keeps in one process, 8 bytes a sample
 MAX_RUN_BYTES = 32 << 20  # about as much is asked for at once
-BLOCK_SAMPLES = 64  # what the disk cache stores as one file: the blocks that order.py deals out
 
 
 class Split:
@@ -98,14 +98,13 @@ class Split:
         while start < len(wanted):
             shard, within = self._place(wanted[start])
             info = self.manifest.shards[shard]
-            bytes_of_sample = -(-info.bytes // info.samples)  # on average: the index may not be here yet
-            most = min(info.samples - within, max(1, MAX_RUN_BYTES // bytes_of_sample))
+            most = min(info.samples - within, _most_at_once(info))
             length = 1
             while length < min(most, len(wanted) - start) and wanted[start + length] == wanted[start] + length:
                 length += 1
             keys = [(self._identity, sample) for sample in wanted[start : start + length]]
             load = functools.partial(self._load_run, shard, within, within + length)
-            ahead.announce(keys, load, length * bytes_of_sample)
+            ahead.announce(keys, load, length * _bytes_of_sample(info))
             start += length
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -120,6 +119,9 @@ class Split:
         name, offset = self.manifest.shards[shard].name, self._offsets(shard).item
         start, end = offset(within), offset(within + 1)
         if self.folder.is_remote:  # one request, whatever is in it
+            refused = too_large(f"{name}[{within}]", end - start)
+            if refused is not None:
+                return refused
             content = self.folder.read_range(name, start, end)
             return self._members_in(content, 0, end - start, f"{name}[{within}]")
         read_range = self.folder.read_range
@@ -142,16 +144,33 @@ class Split:
         return samples, sum(len(data) for sample in samples if isinstance(sample, tuple) for data in sample[1].values())
 
     def _run_bytes(self, info: ShardInfo, offsets: np.ndarray, first: int, last: int) -> bytes:
-        """By one request; with a disk cache by whole blocks, so that every epoch finds the same ones again."""
+        """By one request; with a disk cache by whole blocks, those that order.py deals out, so that every epoch finds
+        the same ones again."""
         if self._cache is None:
-            return self.folder.read_range(info.name, offsets.item(first), offsets.item(last))
+            return self._run_range(info.name, offsets.item(first), offsets.item(last))
         pieces = []
-        for block in range(first - first % BLOCK_SAMPLES, last, BLOCK_SAMPLES):
-            block_end = min(block + BLOCK_SAMPLES, info.samples)
+        length = min(BLOCK, _most_at_once(info))
+        for block in range(first - first % length, last, length):
+            block_end = min(block + length, info.samples)
             start, end = offsets.item(block), offsets.item(block_end)
             # A hash, as a manifest is untrusted: what it calls a checksum might be a path.
             key = hashlib.sha256(f"{info.sha256} {info.name} {info.bytes} {start} {end}".encode()).hexdigest()
-            fetch = functools.partial(self.folder.read_range, info.name, start, end)
+            fetch = functools.partial(self._run_range, info.name, start, end)
             content = self._cache.read(key, end - start, fetch)
             pieces.append(content[offsets[max(first, block)] - start : offsets[min(last, block_end)] - start])
         return b"".join(pieces)
+
+    def _run_range(self, name: str, start: int, end: int) -> bytes:
+        if end - start > MAX_SAMPLE_BYTES:  # a run is cut by the average size of samples, and one may be far above it
+            raise OSError(f"{name}: bytes {start} to {end} are too many at once, so that their samples are read singly")
+        return self.folder.read_range(name, start, end)
+
+
+def _bytes_of_sample(info: ShardInfo) -> int:
+    """On average: the index may not be here yet."""
+    return -(-info.bytes // info.samples)
+
+
+def _most_at_once(info: ShardInfo) -> int:
+    """The samples of a shard that are asked for by one request."""
+    return max(1, MAX_RUN_BYTES // _bytes_of_sample(info))

@@ -2,6 +2,7 @@
 
     Folder.open("/data/shards")              read with `os.pread`
     Folder.open("s3://bucket/shards")        read through fsspec; gs://, memory:// and its other protocols too
+    Folder.open("https://host/shards")       of a server that lists its folders and serves byte ranges
 
 Endpoint and credentials of a URL are those of its usual tools (for S3 the AWS configuration: AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, ...); uvlm has no settings for them. An I/O error is tried again after each pause of RETRY_SECONDS,
@@ -28,8 +29,14 @@ NUM_OPEN_FILES = 64  # file handles that a local folder keeps in one process
 
 # Mistakes of a program, not of a network. Clients of remote storage raise too many kinds of errors to list theirs.
 PROGRAM_ERRORS = (AssertionError, AttributeError, ImportError, MemoryError, NameError, TypeError)
+WEB_PROTOCOLS = ("http", "https")
+HTTP_FORBIDDEN = 403
 
 T = TypeVar("T")
+
+
+class _UnfitServerError(ValueError):
+    """It answers, but cannot do what reading shards needs."""
 
 
 class Folder:
@@ -79,7 +86,7 @@ class Folder:
         for pause in (*RETRY_SECONDS, None):
             try:
                 return attempt()
-            except PROGRAM_ERRORS:
+            except (*PROGRAM_ERRORS, _UnfitServerError):
                 raise
             except Exception as error:
                 what = self.place(name) if name else self.location
@@ -159,10 +166,12 @@ class _RemoteFolder(Folder):
         super().__init__(location)
         protocol, _, rest = location.partition("://")
         self._root = f"{protocol}://{rest.partition('/')[0]}"
+        self._is_web = protocol in WEB_PROTOCOLS
         try:
             fsspec.get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
-            remedy = "`pip install 'uvlm[s3]'` helps" if protocol in ("s3", "s3a") else "or use another location"
+            helps = protocol in ("s3", "s3a", *WEB_PROTOCOLS)  # aiohttp comes with it
+            remedy = "`pip install 'uvlm[s3]'` helps" if helps else "or use another location"
             raise ValueError(f"{location} cannot be read here ({error}); {remedy}") from None
 
     def _call(self, method: str, name: str = "", **options: Any) -> Any:
@@ -172,18 +181,50 @@ class _RemoteFolder(Folder):
 
     def _sizes(self) -> dict[str, int]:
         self._call("invalidate_cache")
+        if self._is_web:
+            return self._web_sizes()
         entries = self._call("ls", detail=True)
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
+    def _web_sizes(self) -> dict[str, int]:
+        """The listing of a web server is a page of links, without sizes: each file is asked for its own."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        try:
+            links = self._call("ls", detail=False)
+        except Exception as error:
+            if not isinstance(error, FileNotFoundError) and getattr(error, "status", None) != HTTP_FORBIDDEN:
+                raise
+            links = []
+        names = [link.rpartition("/")[2] for link in links]
+        names = [name for name in names if name and "?" not in name]  # no folders, no links that sort the listing
+        if not names:
+            raise _UnfitServerError(
+                f"{self.location} has no listing of its files, which is needed to check them; let the server list its "
+                "folders, or copy the folder to a disk"
+            )
+        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+            return dict(zip(names, pool.map(self._size, names), strict=True))
+
     def _size(self, name: str) -> int:
         self._call("invalidate_cache")
-        return self._call("info", name)["size"]
+        size: int | None = self._call("info", name)["size"]
+        if size is None:
+            raise _UnfitServerError(
+                f"the server of {self.place(name)} does not tell its size; copy the folder to a disk"
+            )
+        return size
 
     def _read(self, name: str) -> bytes:
         return self._call("cat_file", name)
 
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         content: bytes = self._call("cat_file", name, start=start, end=end)
+        if len(content) > end - start:
+            raise _UnfitServerError(
+                f"the server of {self.place(name)} does not serve byte ranges; copy the folder to a disk, or use a "
+                "server that does"
+            )
         if len(content) != end - start:
             raise OSError(f"it ended at byte {start + len(content)}")
         return content

@@ -20,6 +20,7 @@ from data_pipeline.schema import Document, Rejected, codes_name
 BLOCK = 512  # bytes; a tar consists of such blocks
 HEADER = struct.Struct("100s 24x 12s 12x 8s c 100x 5s 83x c 166x")  # name, size, checksum, kind, "ustar", prefix
 TEXT_AND_CODES = ("json", ".npy")  # how the names of these members end
+MAX_SAMPLE_BYTES = 1 << 30  # a sample is held in memory; what an index claims must not ask for all of it
 STEP = 4096  # bytes read at once where images are stepped over: a header with codes or texts and the next header
 
 Read = Callable[[int, int], bytes]  # bytes [start, end) of the sample
@@ -32,9 +33,19 @@ def read_sample(place: str, content: bytes) -> Document | Rejected:
     return members if isinstance(members, Rejected) else Document.from_members(*members)
 
 
+def too_large(place: str, size: int) -> Rejected | None:
+    """The refusal of a sample of more than MAX_SAMPLE_BYTES; to be asked before it is read as a whole."""
+    if size <= MAX_SAMPLE_BYTES:
+        return None
+    return Rejected(place, f"sample is too large: {size:,} bytes, more than {MAX_SAMPLE_BYTES:,}")
+
+
 def read_members(place: str, size: int, read: Read, images: bool = True) -> Members | Rejected:
     """Key and members of the sample of `size` bytes behind `read`. `images=False` leaves out images that have codes,
     unread where possible."""
+    refused = too_large(place, size)
+    if refused is not None:
+        return refused
     found = _members(place, size, read, images)
     if images or isinstance(found, Rejected):
         return found

@@ -42,11 +42,12 @@ from data_pipeline.shard_record import ShardRecord, kept, record_path, remove_le
 from data_pipeline.shards import MANIFEST_NAME, ShardInfo, index_path, write_manifest, write_shard
 from data_pipeline.split import Split
 
+CODE_VERSION = 1  # raise it where the same pictures become other codes, so that earlier shards are made again
 MIN_PSNR = 18.0  # dB; a one-coloured guess at easy-vqa's pictures reaches 13, a trained tokenizer 27 and more
 NUM_GATE_IMAGES = 64
 REJECTED_NAME = "rejected.jsonl"
 OWN_FOLDER_PREFIX = ".making-"
-OWN_FOLDER_SECONDS = 24 * 3600  # an older one is what a killed process left
+OWN_FOLDER_SECONDS = 24 * 3600  # one in which nothing was written for so long is what a killed process left
 
 _Pictured = tuple[Document, list[np.ndarray]]  # uint8 [H, W, 3], one for each image of the document
 
@@ -86,7 +87,8 @@ class _Job:
 
     def made_from(self, source: ShardInfo) -> str:
         """What the shard of `source` in `out` depends on."""
-        return f"{source.sha256} {self.tokenizer.fingerprint} {'with' if self.keep_images else 'without'} images"
+        images = "with" if self.keep_images else "without"
+        return f"{CODE_VERSION} {source.sha256} {self.tokenizer.fingerprint} {images} images"
 
     def kept(self, source: ShardInfo, *, checksum: bool) -> ShardRecord | None:
         record = kept(self.out, source.name, self.made_from(source), checksum=checksum)
@@ -113,12 +115,15 @@ def tokenize(
     part of `num_ranks`; without, and several ranks, starts them all here and finishes.
 
     A document with an image that cannot be decoded is left out, counted, and listed in `out`/rejected.jsonl.
-    ValueError where the tokenizer does not fit the pictures, where `out` is `shards`, and where no document is left.
+    ValueError where the tokenizer does not fit the pictures, where `out` is `shards` or a URL, and where no document is
+    left.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if num_ranks < 1 or (rank is not None and not 0 <= rank < num_ranks):
         raise ValueError(f"rank {rank} of {num_ranks}: ranks count from 0, so use 0 to {max(num_ranks, 1) - 1}")
+    if "://" in str(out):
+        raise ValueError(f"{out} is a URL, and codes are written to a local folder; name one and copy it there")
     if "://" not in str(shards) and Path(out).resolve() == Path(shards).resolve():
         raise ValueError(f"{out} holds the shards to read; name another folder for the shards with codes")
     options: dict[str, Any] = {"batch_size": batch_size, "min_psnr": min_psnr, "keep_images": keep_images}
@@ -344,7 +349,8 @@ def _own_folder(out: Path) -> Iterator[Path]:
     """A folder inside `out` in which no other process writes, so that two at the same shard do not mix their bytes."""
     for left in out.glob(OWN_FOLDER_PREFIX + "*"):
         with contextlib.suppress(OSError):  # its owner may be just done with it
-            if time.time() - left.stat().st_mtime > OWN_FOLDER_SECONDS:
+            written = max(path.stat().st_mtime for path in [left, *left.iterdir()])  # a shard may take days
+            if time.time() - written > OWN_FOLDER_SECONDS:
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=OWN_FOLDER_PREFIX, dir=out, ignore_cleanup_errors=True) as folder:
         yield Path(folder)

@@ -15,18 +15,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
-import json
+import multiprocessing
 import os
+import signal
 import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO
 
@@ -34,15 +35,16 @@ import numpy as np
 
 from data_pipeline.decode_image import decode_image
 from data_pipeline.encode import encode
-from data_pipeline.image_tokens import Preprocessing, Progress
+from data_pipeline.image_tokens import Progress, codes_hw_of
 from data_pipeline.schema import Document, Rejected, codes_name
 from data_pipeline.shards import INDEX_SUFFIX, PIECE, Manifest, ShardInfo
 from data_pipeline.storage import Folder
-from data_pipeline.tar_sample import read_sample
+from data_pipeline.tar_sample import read_sample, too_large
 from data_pipeline.verify_report import Finding, VerifyReport
 from data_pipeline.vocab import Vocab
 
 END_MARKER = 1024  # bytes: every tar ends with two blocks of zeros
+MAX_HEADER_BYTES = 1 << 20  # long names and the like take a few hundred
 
 
 def verify(
@@ -90,11 +92,12 @@ def verify(
         for info, first in zip(manifest.shards, firsts, strict=False)
     ]
     num_done = 0
-    for task, part in zip(tasks, _mapped(tasks, num_processes), strict=True):
-        report.merge(part)
-        num_done += task.info.samples
-        if progress is not None:
-            progress("verify", num_done, manifest.samples)
+    with contextlib.closing(_mapped(tasks, num_processes)) as parts:
+        for task, part in zip(tasks, parts, strict=True):
+            report.merge(part)
+            num_done += task.info.samples
+            if progress is not None:
+                progress("verify", num_done, manifest.samples)
     report.seconds = time.monotonic() - started
     return report
 
@@ -106,13 +109,7 @@ def _vocab(tokenizer: Path) -> Vocab:
 
 @functools.lru_cache(maxsize=1)
 def _codes_hw(tokenizer: Path) -> tuple[int, int] | None:
-    """The shape of the codes, by the tokenizer's config alone; None where it does not say."""
-    preprocessing = Preprocessing.load(tokenizer / "image")
-    levels = json.loads((tokenizer / "image" / "config.json").read_bytes()).get("channel_multiplier")
-    if not isinstance(levels, list) or not levels:
-        return None
-    side = preprocessing.image_size // (preprocessing.pixel_unshuffle * 2 ** (len(levels) - 1))
-    return side, side
+    return codes_hw_of(tokenizer / "image")
 
 
 @dataclass(frozen=True)
@@ -137,18 +134,34 @@ class _Task:
         return number * self.images // self.total != (number + 1) * self.images // self.total
 
 
-def _mapped(tasks: list[_Task], num_processes: int) -> Iterator[VerifyReport]:
+def _mapped(tasks: list[_Task], num_processes: int) -> Generator[VerifyReport, None, None]:
+    """The reports in the order of the tasks. An interrupt, or whatever else ends this early, ends the processes too."""
     if num_processes <= 1 or len(tasks) <= 1:
         yield from map(_verify_shard, tasks)
         return
+    others = set(multiprocessing.active_children())
     # Not forked: threads of the text tokenizer may hold a lock at that moment.
-    with ProcessPoolExecutor(min(num_processes, len(tasks)), mp_context=get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_processes, len(tasks)), mp_context=context)
+    try:
+        # A terminal interrupts all processes. These inherit that they do not hear it, from their first moment on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            yield from pool.map(_verify_shard, tasks)
-        except BrokenProcessPool:
+            reports = pool.map(_verify_shard, tasks)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from reports
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+            process.join()
+        if isinstance(error, BrokenProcessPool):
             raise ValueError(
                 "a process of the verification was ended from outside, most often for lack of memory; use fewer"
             ) from None
+        raise
+    pool.shutdown()
 
 
 def _check_folder(manifest: Manifest, sizes: dict[str, int], report: VerifyReport) -> None:
@@ -215,7 +228,8 @@ def _check_file(task: _Task, file: IO[bytes], report: VerifyReport) -> None:
 
     for within, (start, end) in enumerate(itertools.pairwise(offsets)):
         place = f"{info.name}[{within}]"
-        document = read_sample(place, os.pread(file.fileno(), end - start, start))
+        refused = too_large(place, end - start)
+        document = refused or read_sample(place, os.pread(file.fileno(), end - start, start))
         if isinstance(document, Rejected):
             found(document.category, document.reason, keys[within] if within < len(keys) else document.key)
         else:
@@ -238,7 +252,7 @@ def _walk(file: IO[bytes], size: int) -> tuple[list[str], list[int], str | None]
     reason = None
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 if tar.offset <= end:  # a forged size can send tarfile round in a circle
                     raise tarfile.ReadError(f"member {member.name!r} has an impossible size")
@@ -258,6 +272,24 @@ def _walk(file: IO[bytes], size: int) -> tuple[list[str], list[int], str | None]
     if reason is None:
         reason = _tail_fault(file, end, size)
     return keys, [*offsets, end], reason
+
+
+class _Bounded(io.BufferedIOBase):
+    """For tarfile, which takes an extended header into memory whatever size it claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header claims {size} bytes")
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 def _tail_fault(file: IO[bytes], end: int, size: int) -> str | None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import multiprocessing
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image, ImageFile, ImageOps
 
+from data_pipeline import decode_image as module
 from data_pipeline.decode_image import CANNOT_DECODE, MAX_PIXELS, decode_image
 from data_pipeline.schema import Rejected
 
@@ -116,7 +123,7 @@ def jpeg_that_claims(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")  # as above
-@pytest.mark.parametrize("side", [10_001, 12_000, 16_000, 65_000])
+@pytest.mark.parametrize("side", [7_072, 12_000, 16_000, 65_000])
 def test_a_decompression_bomb_is_refused_by_its_header(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(*arguments: object, **options: object) -> None:
         pytest.fail("a decoder was started")  # not an Exception, so decode_image does not swallow it
@@ -125,6 +132,78 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int, monkeypatch: p
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
     for bomb in (png_that_claims(side, side), jpeg_that_claims(side, side)):
         assert f"more than {MAX_PIXELS:,}" in refusal(bomb)
+
+
+def peak_bytes_per_pixel(content: bytes, num_pixels: int) -> float:
+    """Of a process that decodes `content`, counted by the kernel."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_send_peak, args=(sender, content))
+    process.start()
+    peak = receiver.recv() if receiver.poll(60) else pytest.fail("it did not end")
+    process.join()
+    return peak / num_pixels
+
+
+def _send_peak(sender: Connection, content: bytes) -> None:
+    decode_image(encoded(NOISE, "PNG"))  # what is imported is not counted
+    decode_image(encoded(NOISE.convert("RGBA"), "PNG"))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _resident_bytes("VmRSS")
+    decode_image(content)
+    sender.send(_resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_transparent_picture_takes_little_more_memory_than_its_pixels(turned: bool) -> None:
+    image = Image.new("RGBA", (2000, 3000), (255, 0, 0, 90))
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+    content = encoded(image, "PNG", compress_level=1, exif=exif)
+    assert peak_bytes_per_pixel(content, 6_000_000) < 4 + 4 + 3 + 2  # Pillow's, it turned, ours, and parts of it
+
+
+def test_of_large_pictures_one_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_PIXELS", 45 * 70 - 1)
+    under_way, largest = 0, 0
+    both = threading.Barrier(2)
+    real = module._decode_other
+
+    def decode(opened: Image.Image) -> np.ndarray:
+        nonlocal under_way, largest
+        under_way += 1
+        largest = max(largest, under_way)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # where both could be here, they would meet
+        under_way -= 1
+        return real(opened)
+
+    monkeypatch.setattr(module, "_decode_other", decode)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(decode_image, [encoded(NOISE, "PNG")] * 2))) == 2
+    assert largest == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_other_pictures_are_turned_and_put_together_from_strips(
+    orientation: int, kind: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STRIP_PIXELS", 500)
+    image = NOISE.convert("RGBA")
+    image.putalpha(NOISE.getchannel("G"))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(image.convert(mode), kind, exif=exif, lossless=True)
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned).convert("RGB")
+    assert np.array_equal(decode_image(content), np.asarray(expected))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])

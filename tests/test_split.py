@@ -16,6 +16,8 @@ from data_pipeline import read_ahead, storage
 from data_pipeline.schema import Document, Rejected, codes_name
 from data_pipeline.shards import ShardInfo, ShardWriter, write_manifest
 from data_pipeline.split import Split
+from data_pipeline.storage import Folder
+from data_pipeline.tar_sample import MAX_SAMPLE_BYTES
 from tests.test_schema import CODES, make_document
 from tests.test_shards import read, write
 
@@ -258,6 +260,31 @@ def test_damage_is_judged_alike_with_and_without_images(tmp_path: Path) -> None:
         assert same(without, without_images(whole)), (whole, without)
         results.append(isinstance(whole, Rejected))
     assert 100 < sum(results) < 300
+
+
+def test_a_sample_above_the_cap_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a hole costs nothing on a disk, and an index may claim that it is one sample."""
+    write(tmp_path, 1)
+    path = tmp_path / "shard-000000.tar"
+    num_bytes = MAX_SAMPLE_BYTES + 512
+    os.truncate(path, num_bytes)
+    np.array([0, num_bytes], dtype="<u8").tofile(tmp_path / "shard-000000.tar.idx")
+    write_manifest(tmp_path, [ShardInfo(path.name, 1, num_bytes, "")], None)
+    splits = [Split.open(tmp_path), Split.open(tmp_path, images=False), Split.open(f"file://{tmp_path}")]
+    splits[2].prefetch([0])
+    monkeypatch.setattr(Folder, "read_range", just_the_index(Folder.read_range))
+    for split in splits:
+        result = split.read(0)
+        assert isinstance(result, Rejected)
+        assert result.category == "sample is too large"
+
+
+def just_the_index(read_range: Callable[[Folder, str, int, int], bytes]) -> Callable[[Folder, str, int, int], bytes]:
+    def checked(folder: Folder, name: str, start: int, end: int) -> bytes:
+        assert name.endswith(".idx"), (name, start, end)
+        return read_range(folder, name, start, end)
+
+    return checked
 
 
 def test_names_beyond_ascii_are_read(tmp_path: Path) -> None:

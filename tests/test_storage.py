@@ -299,6 +299,7 @@ def test_a_second_epoch_comes_from_the_disk_cache(
     server: Server, ahead: ReadAhead, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UVLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("data_pipeline.split.BLOCK", 64)
     local = read_all(Split.open(folder), range(300))
 
     def epoch() -> int:
@@ -321,6 +322,21 @@ def test_a_second_epoch_comes_from_the_disk_cache(
     assert epoch() == 0
 
 
+def test_blocks_of_large_samples_hold_few(
+    server: Server, ahead: ReadAhead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would otherwise read far more than itself."""
+    monkeypatch.setenv("UVLM_CACHE_DIR", str(tmp_path / "cache"))
+    split = Split.open(URL)
+    most = 10 * split.manifest.bytes // len(split)
+    monkeypatch.setattr("data_pipeline.split.MAX_RUN_BYTES", most)
+    split.prefetch(range(20))
+    read_all(split, range(20))
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").iterdir()]
+    assert len(sizes) in (2, 3)
+    assert max(sizes) < 1.1 * most
+
+
 def test_the_disk_cache_stays_within_its_bound_and_drops_the_oldest(tmp_path: Path) -> None:
     cache, other = BlockCache(tmp_path, 100_000), BlockCache(tmp_path, 100_000)  # as of two processes
     (tmp_path / "1.2.3.tmp.block").write_bytes(bytes(1000))  # a killed process left it
@@ -337,6 +353,12 @@ def test_the_disk_cache_stays_within_its_bound_and_drops_the_oldest(tmp_path: Pa
     assert cache.read("099", 5000, lambda: pytest.fail("it is there")) == bytes([99]) * 5000
     assert cache.read("big", 200_000, lambda: bytes(200_000)) == bytes(200_000)
     assert not (tmp_path / "big.block").exists()
+
+
+def test_the_disk_cache_stays_within_its_bound_for_users_of_one_block_each(tmp_path: Path) -> None:
+    for i in range(400):
+        BlockCache(tmp_path, 100_000).read(f"{i}", 300, lambda: bytes(300))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 100_000
 
 
 def test_a_disk_that_cannot_be_written_costs_only_the_caching(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +88,54 @@ def test_a_good_folder_has_no_problems_and_is_measured(folder: Path, tokenizer: 
     assert report.bytes == Manifest.load(folder).bytes
     assert report.documents_by == report.images_by == {("understand", "made"): 10}
     assert told == [("verify", 4, 10), ("verify", 8, 10), ("verify", 10, 10)]
+
+
+INTERRUPTED = """
+import multiprocessing, os, signal, sys
+from data_pipeline.verify import verify
+
+def interrupt(*_):
+    os.killpg(0, signal.SIGINT)  # as a terminal does
+
+if __name__ == "__main__":
+    try:
+        verify(sys.argv[1], num_processes=2, progress=interrupt)
+    except KeyboardInterrupt:
+        print(len(multiprocessing.active_children()), "left")
+"""
+
+
+def test_an_interrupt_ends_all_processes_without_a_word(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(verify_module.__file__).parents[1])}
+    ended = subprocess.run(
+        [sys.executable, str(script), str(folder)],
+        start_new_session=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0 left\n", "")
+
+
+def test_an_extended_header_of_any_size_is_not_taken_into_memory(folder: Path) -> None:
+    name = "shard-000000.tar"
+    header = tarfile.TarInfo("0.json")
+    header.size, header.type = verify_module.MAX_HEADER_BYTES + 1, tarfile.XHDTYPE
+    (folder / name).write_bytes(header.tobuf(tarfile.USTAR_FORMAT))
+    os.truncate(folder / name, 2 * verify_module.MAX_HEADER_BYTES)
+    report = verify(folder)
+    assert "extended header claims" in problems(report)
+
+
+def test_a_sample_above_the_cap_is_a_finding_and_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.tar_sample.MAX_SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it was read"))
+    report = verify(folder)
+    assert report.problems == {"sample is too large": 10}
 
 
 def test_lengths_are_those_that_the_model_gets(folder: Path, tokenizer: Path, png: bytes) -> None:
