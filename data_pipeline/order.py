@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BLOCK = 256  # samples that lie together in a shard and are dealt out as one: behind a URL, a request of a megabyte or so
+BLOCK = 256  # samples that lie together in a shard and are dealt out as one; behind a URL, one request
 WINDOW = 1024  # samples among which a row is shuffled
 BLOCKS_PER_ROW = 4  # a small split is cut finer, so that the shares of the rows come out nearly equal
 

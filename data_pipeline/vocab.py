@@ -55,6 +55,7 @@ class Vocab:
         self.image_tokenizer = image_tokenizer
         self.num_text = tokenizer.get_vocab_size(with_added_tokens=True) - len(SPECIALS)
         self.first_code = self.num_text + len(SPECIALS)
+        self._first_code = np.int64(self.first_code)  # makes int64 of what it is added to
         self.size = self.first_code + num_codes
         ids: list[Any] = [tokenizer.token_to_id(special) for special in SPECIALS]  # None where one is missing
         if ids != list(range(self.num_text, self.first_code)):
@@ -130,13 +131,14 @@ class Vocab:
 
     def code_ids(self, codes: np.ndarray) -> np.ndarray:
         """Ids, int64 [h * w], row by row, of codes [h, w]. ValueError for a code that the tokenizer does not have."""
-        is_signed = codes.dtype.kind != "u"
-        # The ufunc's own reduction takes half the time of `codes.max()`.
-        if codes.size and (np.maximum.reduce(codes, axis=None) >= self.num_codes or (is_signed and codes.min() < 0)):
+        flat = codes.reshape(-1)
+        # The ufunc's own reduction takes half the time of `flat.max()`.
+        is_negative = flat.dtype.kind != "u" and flat.size and flat.min() < 0
+        if is_negative or (flat.size and np.maximum.reduce(flat) >= self.num_codes):
             raise ValueError(
                 f"code out of range: {codes.min()} to {codes.max()}, the image tokenizer has {self.num_codes}"
             )
-        return codes.reshape(-1) + np.int64(self.first_code)
+        return flat + self._first_code
 
     def codes(self, ids: np.ndarray) -> np.ndarray:
         """The inverse of `code_ids` in the shape of `ids`: uint16, or uint32 above 65,536 codes."""

@@ -95,8 +95,8 @@ def test_the_streams_can_be_sent_to_a_spawned_worker(sources: list[Source]) -> N
     loader = Loader(sources, VOCAB, pack_tokens=128, num_rows=NUM_ROWS, seed=5)
     items = iter(pickle.loads(pickle.dumps(loader._rows)))  # noqa: S301  our own bytes
     packs, _ = uninterrupted(tuple(sources))[0]
-    for row in range(NUM_ROWS):
-        assert_equal(next(items)[1], packs[row])
+    for item in next(items):
+        assert_equal(item.pack, packs[item.row])
 
 
 @pytest.mark.parametrize(
