@@ -1,14 +1,19 @@
 """Every container gives its records in order, whatever is wrong with some of them."""
 
 import csv
+import errno
 import io
 import json
+import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.convert import tables
+from data_pipeline.convert.chunk import Files
 from data_pipeline.convert.containers import cut, digest, find, read
 from data_pipeline.schema import Rejected
 
@@ -62,6 +67,14 @@ def test_an_array_is_cut_at_its_elements_and_not_inside_their_strings(tmp_path: 
     assert records(source) == [*elements[:3], "record is not a JSON object", *elements[3:]]
 
 
+def test_a_number_that_python_refuses_costs_its_element_only(tmp_path: Path) -> None:
+    elements = ['{"a": 1}', '{"a": ' + "9" * 5000 + "}", '{"a": 2.5}']
+    (tmp_path / "a.json").write_text("[" + ", ".join(elements) + "]")
+    (tmp_path / "a.jsonl").write_text("\n".join(elements))
+    for name in ("a.json", "a.jsonl"):
+        assert records(tmp_path / name) == [{"a": 1}, "record is not JSON", {"a": 2.5}]
+
+
 def test_an_array_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> None:
     source = tmp_path / "a.json"
     for content in ('[{"a": 1}, {"a": 2}, {"a": ', '[{"a": 1}, {"a": 2}] nonsense', '[{"a": 1}, {"a": 2}; {"a": 3}]'):
@@ -111,6 +124,99 @@ def test_a_damaged_parquet_file_is_rejected_and_the_next_one_read(tmp_path: Path
     (tmp_path / "b.parquet").write_bytes(content[:4] + b"\xff" * 40 + content[44:])
     unreadable = "parquet file cannot be read"
     assert records(tmp_path) == [unreadable, unreadable, unreadable, {"text": "c" * 50}, {"text": "c"}]
+
+
+def test_a_damaged_footer_costs_its_file_only(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["x"] * 50}), tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    unreadable = 0
+    for position in range(start, len(content) - 8, 7):
+        for byte in (b"\x00", b"\xff"):
+            (tmp_path / "a.parquet").write_bytes(content[:position] + byte + content[position + 1 :])
+            unreadable += records(tmp_path / "a.parquet", 50)[:1] == ["parquet file cannot be read"]
+    assert unreadable > 50
+
+
+def write_parquet(path: Path, num_rows: int) -> list[dict[str, Any]]:
+    """One row group, several pages and batches."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": f"row {i} " * 20} for i in range(num_rows)]
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="none", data_page_size=1000, use_dictionary=False)
+    return rows
+
+
+class Reads:
+    """What reading parquet files does: the rows that are decoded, and the errors of a disk in place of some batches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import pyarrow.parquet as pq
+
+        self.num_rows = 0
+        self.errors: list[int | None] = []  # of the next batches
+        original = pq.ParquetFile.iter_batches
+
+        def iter_batches(file: Any, *args: Any, **keywords: Any) -> Iterator[Any]:
+            for batch in original(file, *args, **keywords):
+                number = self.errors.pop(0) if self.errors else None
+                if number is not None:
+                    raise OSError(number, "Input/output error")
+                self.num_rows += batch.num_rows
+                yield batch
+
+        monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+        monkeypatch.setattr(tables, "READ_RETRY_SECONDS", (0, 0))
+        monkeypatch.setattr(tables, "ROWS_AT_ONCE", 8)
+
+
+def test_a_disk_that_fails_is_tried_again_then_told_and_never_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, reads = write_parquet(tmp_path / "a.parquet", 100), Reads(monkeypatch)
+    for at in range(5):
+        reads.errors = [None] * at + [errno.EIO, errno.EIO]
+        assert records(tmp_path / "a.parquet", 30) == rows
+        os.utime(tmp_path / "a.parquet", (at, at))
+    reads.errors = [errno.EIO] * 3
+    with pytest.raises(OSError, match="Input/output error"):
+        records(tmp_path / "a.parquet")
+
+
+def test_a_row_group_of_many_chunks_is_read_and_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, reads = write_parquet(tmp_path / "a.parquet", 1000), Reads(monkeypatch)
+    num_bytes = 0
+    original = Files.read
+
+    def read_counted(*args: Any) -> bytes:
+        nonlocal num_bytes
+        content = original(*args)
+        num_bytes += len(content)
+        return content
+
+    monkeypatch.setattr(Files, "read", read_counted)
+    chunks = list(cut("parquet", [tmp_path / "a.parquet"], 10))
+    assert len({digest(chunk) for chunk in chunks}) == 100
+    assert [record for chunk in chunks for _, record in read(chunk)] == rows
+    assert num_bytes == (tmp_path / "a.parquet").stat().st_size
+    assert reads.num_rows == 1000
+    assert [record for _, record in read(chunks[3])] == rows[30:40], "and back again"
+
+
+def test_rows_before_a_damaged_page_are_kept_whatever_the_chunks(tmp_path: Path) -> None:
+    rows = write_parquet(tmp_path / "a.parquet", 1000)
+    content = (tmp_path / "a.parquet").read_bytes()
+    middle = content.index(b"row 500 ") - 40
+    (tmp_path / "a.parquet").write_bytes(content[:middle] + b"\xff" * 40 + content[middle + 40 :])
+    found = records(tmp_path / "a.parquet", 30)
+    num_kept = found.index("parquet file cannot be read")
+    assert 400 < num_kept < 500
+    assert found == [*rows[:num_kept], *["parquet file cannot be read"] * (1000 - num_kept)]
+    assert records(tmp_path / "a.parquet", 1000) == found
 
 
 def test_members_of_a_tar_sample_are_found_wherever_they_lie(tmp_path: Path) -> None:
@@ -194,6 +300,17 @@ def test_a_folder_of_images_is_read_with_its_captions_by_stem(tmp_path: Path) ->
         "image path leaves the image root",
         {"__key__": "lone", "gif": b"lone.gif"},
     ]
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("1.jpg", "1.txt", "2.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    os.mkfifo(tmp_path / "2.jpg")
+    assert records(tmp_path) == [{"__key__": "1", "jpg": b"1.jpg", "txt": b"1.txt"}, "file is not an ordinary file"]
+    assert _digests(tmp_path, "folder")
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl is no ordinary file"):
+        find(tmp_path, ("jsonl",))
 
 
 def test_files_of_a_folder_are_read_in_sorted_order_and_side_files_left(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Foreign files become shards; bad lines are counted, never a crash."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from data_pipeline.convert import Options, convert
 from data_pipeline.schema import Document
@@ -219,6 +222,57 @@ def test_shards_are_not_written_where_they_would_be_read(tmp_path: Path) -> None
         convert("pairs", tmp_path, tmp_path / "a.tar")
 
 
+def test_two_conversions_never_write_one_folder_at_once(tmp_path: Path) -> None:
+    source, out = write_captions(tmp_path, 4), tmp_path / "out"
+
+    def try_another(num_documents: int) -> None:
+        with pytest.raises(
+            ValueError, match=r"another conversion is writing .*out; wait for it or name another folder"
+        ):
+            convert("pairs", source, out, num_processes=1)
+
+    report = convert("pairs", source, out, samples_per_shard=2, num_processes=1, progress=try_another)
+    assert (report.documents_out, report.shards_written) == (4, 2)
+    assert convert("pairs", source, out, samples_per_shard=2, num_processes=1).shards_kept == 2
+    assert not list(out.glob("*lock*"))
+
+
+def test_a_file_system_without_locks_is_written_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert convert("pairs", write_captions(tmp_path, 1), tmp_path / "out").documents_out == 1
+
+
+def test_finished_shards_of_another_corpus_are_not_replaced(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}", "caption": "c", "image": "a.PNG"}}\n')
+    convert("text", tmp_path / "a.jsonl", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for format_name, name in (("text", "b.jsonl"), ("pairs", "a.jsonl")):
+        with pytest.raises(ValueError, match=r"out holds the finished shards of .*a\.jsonl as text.*name another"):
+            convert(format_name, tmp_path / name, tmp_path / "out")
+    (tmp_path / "out/shard-000000.tar.done.json").unlink()
+    with pytest.raises(ValueError, match="finished shards of something else"):
+        convert("text", tmp_path / "a.jsonl", tmp_path / "out")
+    (tmp_path / "out/shard-000000.tar.done.json").write_bytes(before["shard-000000.tar.done.json"])
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "link").symlink_to(".")
+    assert convert("text", tmp_path / "link/a.jsonl", tmp_path / "out").documents_out == 1, "the same file"
+
+
+def test_urls_are_refused_as_source_and_as_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from uvlm.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    source = write_captions(tmp_path, 1)
+    for places in ((str(source), "s3://bucket/shards"), ("https://host/a.jsonl", "out")):
+        result = CliRunner().invoke(app, ["data", "convert", "pairs", *places])
+        assert "is a URL" in str(result.exception)
+    assert sorted(contents(tmp_path)) == ["a.PNG", "easy.jsonl"]
+
+
 @pytest.mark.parametrize("name", ["samples_per_shard", "num_processes"])
 def test_counts_below_one_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
@@ -238,7 +292,7 @@ def test_a_worker_that_dies_is_told_and_the_run_goes_on_later(tmp_path: Path) ->
         for chunk in original(*args):
             yield dataclasses.replace(chunk, columns=(chunk_of_death,)) if chunk.first == 4 else chunk
 
-    import data_pipeline.convert as package
+    import data_pipeline.convert.conversion as package
 
     original = package.cut
     with pytest.MonkeyPatch.context() as patch:

@@ -154,6 +154,17 @@ def test_shards_are_cut_anew_and_documents_stay_what_they_are(tmp_path: Path, im
         assert list(document.codes) == (["0.npy"] if image_tokenizer else [])
 
 
+def test_a_key_made_unique_never_meets_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    about, made = canonical("x").to_members()["json"], "a-000000001"
+    for number, keys in enumerate((["a"], ["a", made], [made, f"{made}-000000003"])):
+        members = [member for key in keys for member in ((f"{key}.json", about), (f"{key}.0.png", PNG))]
+        write_tar(tmp_path / f"in/{number}.tar", *members)
+    report = convert("webdataset", tmp_path / "in", tmp_path / "out", num_processes=1)
+    assert report.documents_out == 5
+    assert len({document.key for document in documents(tmp_path / "out")}) == 5
+
+
 def test_foreign_shards_are_checked_document_by_document(tmp_path: Path) -> None:
     about = canonical("x").to_members()["json"]
     upper = about.replace(b"0.png", b"0.PNG")

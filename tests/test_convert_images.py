@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -43,6 +44,10 @@ class Host(BaseHTTPRequestHandler):
 
     requests: dict[str, int]
     released: threading.Event
+    hung_up = threading.Event()
+    is_too_far = threading.Event()
+    ahead: ClassVar[list[int]] = []  # requests that the documents written so far did not need, at each request
+    num_written = 0
     together: threading.Barrier
 
     def do_GET(self) -> None:
@@ -60,6 +65,20 @@ class Host(BaseHTTPRequestHandler):
             body = b"<html></html>"
         if self.path.startswith("/at-once"):
             self.together.wait(20)
+        if self.path == "/headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            try:
+                while not self.released.wait(0.02):
+                    self.wfile.write(b"x")
+            except OSError:
+                self.hung_up.set()
+            return
+        if self.path.startswith("/ahead"):
+            self.ahead.append(len(self.requests) - self.num_written)
+            if self.ahead[-1] > 6:
+                self.is_too_far.set()
+            if self.path == "/ahead0":
+                self.is_too_far.wait(0.5)
         self.send_response(302 if self.path.startswith("/to") else status)
         location = {"/to": "/fine", "/to-file": "file:///etc/passwd", "/to-itself": "/to-itself"}.get(self.path)
         if location is not None:
@@ -119,7 +138,7 @@ def test_bytes_that_are_no_known_image_are_rejected(tmp_path: Path) -> None:
     assert image_type(b"RIFF1234WAVE") is None
 
 
-def test_a_relative_path_never_leaves_the_image_root(tmp_path: Path) -> None:
+def test_a_path_never_leaves_the_image_root(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     for path in (root / "sub/a.png", tmp_path / "out.png"):
@@ -128,10 +147,14 @@ def test_a_relative_path_never_leaves_the_image_root(tmp_path: Path) -> None:
     (root / "inner.png").symlink_to(root / "sub/a.png")
     leaves, absolute = "image path leaves the image root", str(tmp_path / "out.png")
     inside = ["sub/a.png", "./sub/../sub/a.png", "inner.png"]
-    assert reasons(root, *inside, "../out.png", "link.png", absolute) == ["", "", "", leaves, leaves, ""]
+    inside.append(str(root / "sub/a.png"))
+    assert reasons(root, *inside, "../out.png", "link.png", absolute) == [""] * 4 + [leaves] * 3
+    (result,) = resolved(root, absolute)
+    assert isinstance(result, Rejected)
+    assert "--image-root" in result.reason
     elsewhere = tmp_path / "elsewhere"
-    images = [*inside, "../out.png", absolute, str(root / "sub/a.png")]
-    assert reasons(elsewhere, *images, image_root=root) == ["", "", "", leaves, leaves, ""]
+    assert reasons(elsewhere, *inside, "../out.png", absolute, image_root=root) == [""] * 4 + [leaves] * 2
+    assert reasons(elsewhere, absolute, image_root=Path("/")) == [""]
 
 
 def test_paths_that_cannot_be_are_missing_and_no_crash(tmp_path: Path) -> None:
@@ -155,7 +178,9 @@ def test_an_image_over_the_cap_is_rejected_from_anywhere(
     monkeypatch.setattr(fetch, "MAX_IMAGE_BYTES", 4000)
     (tmp_path / "a.png").write_bytes(picture() + bytes(5000))
     urls = [f"{host[0]}/large", f"{host[0]}/endless"]
-    assert reasons(tmp_path, "a.png", picture() + bytes(5000), *urls, picture()) == ["image is too large"] * 4 + [""]
+    large: list[ImageReference] = ["a.png", picture() + bytes(5000), *urls]
+    large += ["data:image/png;base64," + base64.b64encode(picture() + bytes(5000)).decode()]
+    assert reasons(tmp_path, *large, picture()) == ["image is too large"] * 5 + [""]
     assert host[1] == {"/large": 1, "/endless": 1}, "a second try would change nothing"
 
 
@@ -195,6 +220,49 @@ def test_a_body_that_comes_in_drips_ends_at_the_deadline(
     (result,) = resolved(tmp_path, f"{host[0]}/endless")
     assert isinstance(result, Rejected)
     assert result.reason.startswith("image URL failed: too slow")
+
+
+def test_a_header_that_comes_in_drips_ends_at_the_deadline_and_its_connection_with_it(
+    tmp_path: Path, host: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr(fetch, "NUM_THREADS", 1)  # so that the second needs the thread that takes the first one's place
+    Host.hung_up.clear()
+    drips, fine = resolved(tmp_path, f"{host[0]}/headers", f"{host[0]}/fine")
+    assert isinstance(drips, Rejected)
+    assert drips.reason.startswith("image URL failed: too slow")
+    assert isinstance(fine, Document)
+    assert Host.hung_up.wait(20)
+
+
+def test_images_are_fetched_ahead_only_while_there_is_memory_for_them(
+    tmp_path: Path, host: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "ROOM_BYTES", len(picture()))
+    monkeypatch.setattr(fetch, "MAX_BYTES_AHEAD", 4 * len(picture()))
+    Host.is_too_far.clear()
+    Host.ahead.clear()
+    drafts = ((str(i), Draft([None], [f"{host[0]}/ahead{i}"], "generate")) for i in range(40))
+    for Host.num_written, (document, _) in enumerate(resolve(drafts, tmp_path, "s", Options()), 1):
+        assert isinstance(document, Document)
+    assert len(Host.ahead) == 40
+    assert max(Host.ahead) <= 6, "four that wait, one that is needed now and one that is handed out"
+
+
+def test_drafts_that_hold_their_images_do_not_pile_up_behind_a_url(
+    tmp_path: Path, host: tuple[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "MAX_BYTES_AHEAD", 4 * len(picture()))
+    num_drafted = 0
+
+    def drafts() -> Iterator[tuple[str, Draft]]:
+        nonlocal num_drafted
+        for num_drafted in range(1, 21):
+            image = picture() if num_drafted > 1 else f"{host[0]}/fine"
+            yield str(num_drafted), Draft([None], [image], "generate")
+
+    next(resolve(drafts(), tmp_path, "s", Options()))
+    assert num_drafted <= 6
 
 
 def test_urls_are_fetched_at_once_and_come_in_order(tmp_path: Path, host: tuple[str, dict[str, int]]) -> None:

@@ -124,9 +124,9 @@ def convert(
         str, typer.Argument(metavar="FORMAT", help="pairs, vqa, chat, obelics, mmc4, webdataset, text")
     ],
     source: Annotated[
-        Path, typer.Argument(help="file, or folder of files: .jsonl .json .csv .tsv .parquet .tar, images")
+        str, typer.Argument(help="file, or folder of files: .jsonl .json .csv .tsv .parquet .tar, images")
     ],
-    out: Annotated[Path, typer.Argument(help="folder of shards to write; run again to go on")],
+    out: Annotated[str, typer.Argument(help="folder of shards to write; run again to go on")],
     samples_per_shard: Annotated[int, typer.Option(min=1, help="documents in one tar")] = 1000,
     image_root: Annotated[Path | None, typer.Option(help="folder of the image paths; else that of the file")] = None,
     text_column: Annotated[str | None, typer.Option(help="column or field of the text or caption")] = None,
@@ -155,7 +155,7 @@ def convert(
             num_processes=processes,
             progress=update,
         )
-    _print_rejected(report.rejected, out)
+    _print_rejected(report.rejected, Path(out))
     for reason, count in report.left_out.items():
         print(f"left out {count:,} images: {reason}")
     print(f"{report.documents_in:,} documents in, {report.documents_out:,} out: {out}")
@@ -164,7 +164,7 @@ def convert(
 @data.command()
 def tokenize(
     shards: Annotated[str, typer.Argument(help="folder or URL of canonical shards")],
-    out: Annotated[Path, typer.Argument(help="folder of tokenized shards to write; run again to go on")],
+    out: Annotated[str, typer.Argument(help="folder of tokenized shards to write; run again to go on")],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer folder; its image/ makes the codes")],
     min_psnr: Annotated[float, typer.Option(help="dB that the first images must keep after a round trip")] = 18.0,
     drop_images: Annotated[
@@ -194,7 +194,7 @@ def tokenize(
             num_ranks=num_ranks,
             progress=update,
         )
-    _print_rejected(report.rejected, out)
+    _print_rejected(report.rejected, Path(out))
     print(f"{report.documents:,} documents with codes for {report.images:,} images: {out}")
     if not report.finished:
         print(f"{report.shards_missing:,} shards are still to be done by the other ranks; the last one finishes {out}")

@@ -25,7 +25,7 @@ from data_pipeline.convert.draft import Draft, ImageReference
 from data_pipeline.convert.fields import record_id
 from data_pipeline.convert.obelics import image_reference, is_empty_image
 from data_pipeline.convert.options import Options
-from data_pipeline.schema import Rejected
+from data_pipeline.schema import RefusedError, Rejected
 
 CONTAINERS = ("json", "jsonl", "parquet")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -33,10 +33,6 @@ PLACEHOLDER = "<image>"
 
 Piece = tuple[str | None, ImageReference | None]  # a slot; (None, None) is a placeholder whose image is not known yet
 Slot = tuple[str | None, ImageReference | None, bool]  # text, image, has loss
-
-
-class _RefusedError(Exception):
-    """Carries a reason out of the checks; never leaves this module."""
 
 
 def draft(key: str, record: dict[str, Any], options: Options) -> Draft | Rejected:
@@ -49,8 +45,8 @@ def draft(key: str, record: dict[str, Any], options: Options) -> Draft | Rejecte
         roles = tuple(role for role, _ in turns)
         frame = _frame(roles) if options.chat_template is None else frame_of_template(options.chat_template, roles)
         if frame is None or "assistant" not in roles:
-            raise _RefusedError("turns are not a question and an answer in turn, or the chat template refuses them")
-    except _RefusedError as refused:
+            raise RefusedError("turns are not a question and an answer in turn, or the chat template refuses them")
+    except RefusedError as refused:
         return Rejected(key, str(refused))
     slots = [slot for slot in _slots(turns, frame) if slot[0] != ""]
     has_image = any(image is not None for _, image, _ in slots)
@@ -68,21 +64,21 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, list[Piece]]]:
     names = ("conversations", "conversation", "messages")
     conversation = next((record[name] for name in names if record.get(name) is not None), None)
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
-        raise _RefusedError("conversations are not a list of turns")
+        raise RefusedError("conversations are not a list of turns")
     system = record.get("system")
     turns: list[tuple[str, list[Piece]]] = []
     for turn in [*([{"role": "system", "content": system}] if system is not None else []), *conversation]:
         name = turn.get("from") if turn.get("from") is not None else turn.get("role")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise _RefusedError(
+            raise RefusedError(
                 f"a turn has an unknown role: {name[:40] if isinstance(name, str) else type(name).__name__}"
             )
         pieces = _pieces(turn.get("value") if turn.get("value") is not None else turn.get("content"))
         if role != "user" and any(text is None for text, _ in pieces):
-            raise _RefusedError("an image stands outside a question")
+            raise RefusedError("an image stands outside a question")
         if not pieces and role != "system":
-            raise _RefusedError("a turn is empty")
+            raise RefusedError("a turn is empty")
         if pieces:
             turns.append((role, pieces))
     return turns
@@ -92,7 +88,7 @@ def _pieces(content: Any) -> list[Piece]:
     """The slots of one turn's content: a string with placeholders or a list of parts. White space around it goes."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [] if content is None else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise _RefusedError("a turn's content is not a string or a list of text and image parts")
+        raise RefusedError("a turn's content is not a string or a list of text and image parts")
     pieces: list[Piece] = []
     for part in parts:
         kind = part.get("type")
@@ -105,7 +101,7 @@ def _pieces(content: Any) -> list[Piece]:
             image = image.get("url") if kind == "image_url" and isinstance(image, dict) else image
             pieces.append((None, None if is_empty_image(image) else _reference(image)))
         else:
-            raise _RefusedError("a turn's content is not a string or a list of text and image parts")
+            raise RefusedError("a turn's content is not a string or a list of text and image parts")
     for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
         if pieces and (text_at_end := pieces[end][0]) is not None:
             pieces[end] = (strip(text_at_end), None)
@@ -122,7 +118,7 @@ def _images(record: dict[str, Any], options: Options) -> list[ImageReference]:
 def _reference(image: Any) -> ImageReference:
     reference = image_reference(image)
     if reference is None:
-        raise _RefusedError("an image is not a path, URL, bytes or image struct")
+        raise RefusedError("an image is not a path, URL, bytes or image struct")
     return reference
 
 
@@ -135,7 +131,7 @@ def _place_images(turns: list[tuple[str, list[Piece]]], images: list[ImageRefere
             question.insert(0, (None, images[0]))
             return
     if len(open_places) != len(images):
-        raise _RefusedError(f"images and placeholders differ in number: {len(images)} and {len(open_places)}")
+        raise RefusedError(f"images and placeholders differ in number: {len(images)} and {len(open_places)}")
     for (pieces, i), image in zip(open_places, images, strict=True):
         pieces[i] = (None, image)
 

@@ -36,6 +36,7 @@ class Chunk:
     num_records: int
     span: tuple[int, int] = (0, 0)  # bytes, of a parquet file rows
     columns: tuple[str, ...] = ()  # of a csv file
+    sha256: str = ""  # of a whole parquet file
     samples: tuple[Sample, ...] = ()  # of a tar or a folder
 
 

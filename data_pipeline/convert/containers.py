@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.convert.chunk import Chunk, Files, grouped, read_bytes
-from data_pipeline.convert.fields import IMAGE_SUFFIXES
-from data_pipeline.convert.samples import has_captioned_image, read_sample, scan_folder, scan_tar
-from data_pipeline.convert.tables import read_csv, read_parquet, row_group_bytes, scan_csv, scan_parquet
+from data_pipeline.convert.fields import IMAGE_SUFFIXES, UTF8_MARK, json_object
+from data_pipeline.convert.samples import has_captioned_image, sample_record, scan_folder, scan_tar
+from data_pipeline.convert.tables import read_csv, read_parquet, scan_csv, scan_parquet
 from data_pipeline.schema import Rejected
 
 SUFFIXES = {
@@ -39,7 +39,6 @@ SUFFIXES = {
     "json": (".json",),
 }  # in a folder that holds several, the first that the format reads is taken: the others are its side files
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def find(source: Path, containers: tuple[str, ...]) -> tuple[str, list[Path]]:
@@ -66,6 +65,9 @@ def find(source: Path, containers: tuple[str, ...]) -> tuple[str, list[Path]]:
             return container, [source]
         found = [source / name for name in names if name.suffix.lower() in endings]
         if found:
+            odd = next((path for path in found if not path.is_file()), None)
+            if odd is not None:  # a pipe would be waited for without an end
+                raise ValueError(f"{odd} is no ordinary file or a broken link; remove it from the folder")
             return container, found
     if "folder" in containers and any(name.suffix[1:].lower() in IMAGE_SUFFIXES for name in names):
         raise ValueError(f"{source} holds images but no caption beside any; put 0001.txt beside 0001.jpg")
@@ -95,7 +97,8 @@ def read(chunk: Chunk) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
 
 
 def digest(chunk: Chunk) -> str:
-    """SHA-256 over the chunk's place and the raw bytes that it is read from, in hex."""
+    """SHA-256 over the chunk's place and the raw bytes that it is read from, in hex. A parquet chunk brings the one of
+    its file along."""
     sha256 = hashlib.sha256(repr(chunk).encode(errors="backslashreplace"))
     with Files() as files:
         for path, start, end in _ranges(chunk):
@@ -104,12 +107,11 @@ def digest(chunk: Chunk) -> str:
 
 
 def _ranges(chunk: Chunk) -> Iterator[tuple[Path, int, int | None]]:
-    if chunk.container == "parquet":
-        for start, end in row_group_bytes(chunk):
-            yield chunk.path, start, end
-    elif chunk.samples:
+    if chunk.sha256:
+        return
+    if chunk.samples:
         for sample in chunk.samples:
-            for member in sample.members:
+            for member in sample.members if sample.reason is None else ():  # what is rejected may be a pipe
                 yield (
                     chunk.path / member.file,
                     member.offset,
@@ -138,15 +140,7 @@ def _lines(file: Any) -> Iterator[tuple[int, int, bytes]]:
 def _read_jsonl(chunk: Chunk) -> Iterator[dict[str, Any] | str]:
     content = read_bytes(chunk.path, *chunk.span)
     for _, _, line in _lines(io.BytesIO(content)):
-        yield _json_object(line)
-
-
-def _json_object(content: bytes) -> dict[str, Any] | str:
-    try:
-        record = json.loads(content.removeprefix(UTF8_MARK).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return f"record is not JSON: {error}"
-    return record if isinstance(record, dict) else "record is not a JSON object"
+        yield json_object(line)
 
 
 # json: a record is an element of the array
@@ -160,7 +154,7 @@ def _scan_json(path: Path, num_records: int, _: Any) -> Iterator[Chunk]:
 def _elements(text: str, is_file: bool = False) -> Iterator[tuple[int, int]]:
     """Where the values of a JSON array (or of a part of one, or of objects one after the other) begin and end. What
     cannot be understood is one more value up to the end."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=str)  # Python refuses to make a number of more than 4,300 digits
 
     def skip(position: int) -> int:
         match = WHITESPACE.match(text, position)
@@ -185,7 +179,7 @@ def _elements(text: str, is_file: bool = False) -> Iterator[tuple[int, int]]:
 def _read_json(chunk: Chunk) -> Iterator[dict[str, Any] | str]:
     content = read_bytes(chunk.path, *chunk.span)
     for start, end in _elements(content.decode("latin-1")):
-        yield _json_object(content[start:end])
+        yield json_object(content[start:end])
 
 
 # tar and folder
@@ -204,7 +198,7 @@ def _scan_samples(container: str) -> Callable[..., Iterator[Chunk]]:
 def _read_samples(chunk: Chunk) -> Iterator[dict[str, Any] | str]:
     with Files() as files:
         for sample in chunk.samples:
-            yield read_sample(chunk.path, sample, files)
+            yield sample_record(chunk.path, sample, files)
 
 
 _SCANS: dict[str, Callable[..., Iterator[Chunk]]] = {
@@ -222,4 +216,5 @@ _READS: dict[str, Callable[[Chunk], Iterator[dict[str, Any] | str]]] = {
     "parquet": read_parquet,
     "tar": _read_samples,
     "folder": _read_samples,
+    "damaged": _read_samples,  # a file that cannot be read at all: one sample that has only a reason
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ImageReference = bytes | str  # the image itself; or its path (absolute or below the image root), http(s) or data: URL
+ImageReference = bytes | str  # the image itself; or its path below the image root, http(s) or data: URL
 
 
 @dataclass(frozen=True)

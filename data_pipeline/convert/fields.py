@@ -20,6 +20,7 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "text", "prompt", "txt")
 TEXT_COLUMNS = ("text", "content")
+UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def present(names: Iterable[str], usual: tuple[str, ...], wanted: str | None) -> list[str]:
@@ -58,8 +59,8 @@ def caption_of(key: str, record: Mapping[str, Any], column: str | None) -> str |
     missing = Rejected(key, "caption is missing or empty")
     names = present(record, CAPTION_COLUMNS, column)
     if not names and record.get("json"):
-        inner = json_object(key, record["json"])
-        return inner if isinstance(inner, Rejected) else caption_of(key, {**inner, "json": None}, column)
+        inner = json_object(record["json"])
+        return Rejected(key, inner) if isinstance(inner, str) else caption_of(key, {**inner, "json": None}, column)
     if not names:
         return missing
     caption = record[names[0]]
@@ -73,15 +74,15 @@ def caption_of(key: str, record: Mapping[str, Any], column: str | None) -> str |
     return caption if isinstance(caption, str) and caption.strip() and is_encodable(caption) else missing
 
 
-def json_object(key: str, content: bytes | str | dict[str, Any]) -> dict[str, Any] | Rejected:
-    """An object from its JSON."""
+def json_object(content: bytes | str | dict[str, Any]) -> dict[str, Any] | str:
+    """An object from its JSON; or why it is none."""
     if isinstance(content, dict):
         return content
     try:
-        record = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+        record = json.loads(content if isinstance(content, str) else content.removeprefix(UTF8_MARK).decode("utf-8"))
     except (ValueError, RecursionError, AttributeError) as error:
-        return Rejected(key, f"record is not JSON: {error}")
-    return record if isinstance(record, dict) else Rejected(key, "record is not a JSON object")
+        return f"record is not JSON: {error}"
+    return record if isinstance(record, dict) else "record is not a JSON object"
 
 
 def record_id(record: Mapping[str, Any]) -> dict[str, Any]:

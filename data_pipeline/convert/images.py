@@ -4,7 +4,7 @@
     data:image/...        base64
     http://, https://     fetched (`fetch.py`), the next documents' while this one's are written
     relative path         below the image root, and never out of it by `..` or a symlink
-    absolute path         as it is; where an image root was given, only below it
+    absolute path         only below the image root too: a foreign file must not name any picture of this machine
 
 A document whose image cannot be had is rejected. `drop_missing_images` leaves out the slot instead, in documents of
 task `interleave` only: a caption or a question without its image would teach something else.
@@ -32,6 +32,7 @@ from data_pipeline.schema import Document, Rejected, default_loss
 
 DOCUMENTS_AHEAD = 256  # of which images are being fetched while the first one waits
 
+Waiting = tuple[str, Draft | Document | Rejected, dict[str, Future[bytes | str]]]
 Resolved = tuple[Document | Rejected, list[str]]  # and the reasons of the slots that were left out
 
 
@@ -39,20 +40,38 @@ def resolve(
     drafts: Iterator[tuple[str, Draft | Document | Rejected]], folder: Path, source: str, options: Options
 ) -> Iterator[Resolved]:
     """Documents and rejections in the order of `drafts`. Relative paths are below `folder` unless options say else."""
-    waiting: deque[tuple[str, Draft | Document | Rejected, dict[str, Future[bytes | str]]]] = deque()
+    waiting: deque[Waiting] = deque()
+    num_bytes = 0  # that the waiting drafts hold themselves
+    fetcher: Fetcher | None = None
+
+    def first() -> Resolved:
+        nonlocal num_bytes
+        key, draft, futures = waiting.popleft()
+        num_bytes -= _size(draft)
+        if fetcher is None or not futures:
+            return _document(key, draft, futures, folder, source, options)
+        with fetcher.needed_now(list(futures.values())):
+            return _document(key, draft, futures, folder, source, options)
+
     with ExitStack() as stack:
-        fetcher: Fetcher | None = None
         for key, draft in drafts:
             images = draft.images if isinstance(draft, Draft) else ()
-            urls = [image for image in images if isinstance(image, str) and is_url(image)]
+            urls = dict.fromkeys(image for image in images if isinstance(image, str) and is_url(image))
             if urls and fetcher is None:
                 fetcher = stack.enter_context(Fetcher())
-            futures = {url: fetcher.submit(url) for url in urls} if fetcher is not None else {}
-            waiting.append((key, draft, futures))
-            while waiting and (len(waiting) > DOCUMENTS_AHEAD or not waiting[0][2]):
-                yield _document(*waiting.popleft(), folder, source, options)
+            waiting.append((key, draft, {url: fetcher.submit(url) for url in urls} if fetcher is not None else {}))
+            num_bytes += _size(draft)
+            while waiting and (
+                len(waiting) > DOCUMENTS_AHEAD or num_bytes > fetch.MAX_BYTES_AHEAD or not waiting[0][2]
+            ):
+                yield first()
         while waiting:
-            yield _document(*waiting.popleft(), folder, source, options)
+            yield first()
+
+
+def _size(draft: Draft | Document | Rejected) -> int:
+    images = draft.images if isinstance(draft, Draft) else ()
+    return sum(len(image) for image in images if image is not None)
 
 
 def is_url(image: str) -> bool:
@@ -107,6 +126,8 @@ def _local(image: ImageReference, folder: Path, options: Options) -> bytes | str
     if isinstance(image, bytes):
         return image if len(image) <= fetch.MAX_IMAGE_BYTES else "image is too large: it is part of its record"
     if image[:5].lower() == "data:":
+        if len(image) > fetch.MAX_IMAGE_BYTES * 4 // 3 + 100:  # with the type in front of it
+            return "image is too large: it is part of its record"
         try:
             return base64.b64decode(image.partition(";base64,")[2], validate=True)
         except (binascii.Error, ValueError):
@@ -115,11 +136,10 @@ def _local(image: ImageReference, folder: Path, options: Options) -> bytes | str
         return "image path is missing"
     root = options.image_root or folder
     path = root / image
-    must_be_inside = options.image_root is not None or not Path(image).is_absolute()
     try:
         status = path.stat()
-        if must_be_inside and not path.resolve().is_relative_to(root.resolve()):
-            return f"image path leaves the image root: {image}"
+        if not path.resolve().is_relative_to(root.resolve()):
+            return f"image path leaves the image root: {image} is not below {root}; --image-root names another"
     except (FileNotFoundError, NotADirectoryError):
         return f"image is missing: {path}"
     except OSError as error:

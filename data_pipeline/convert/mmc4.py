@@ -24,34 +24,30 @@ from typing import Any
 from data_pipeline.convert.draft import Draft, ImageReference
 from data_pipeline.convert.fields import is_encodable, json_object
 from data_pipeline.convert.options import Options
-from data_pipeline.schema import Rejected
+from data_pipeline.schema import RefusedError, Rejected
 
 CONTAINERS = ("jsonl", "tar")
-
-
-class _RefusedError(Exception):
-    """Carries a reason out of the checks; never leaves this module."""
 
 
 def draft(key: str, record: dict[str, Any], options: Options) -> Draft | Rejected:
     """The document of one record, or of the json member of a tar's sample, or why there is none."""
     if isinstance(record.get("json"), bytes):
-        member = json_object(key, record["json"])
-        if isinstance(member, Rejected):
-            return member
+        member = json_object(record["json"])
+        if isinstance(member, str):
+            return Rejected(key, member)
         record = member
     try:
         sentences, infos = record.get("text_list"), record.get("image_info")
         if not isinstance(sentences, list) or not sentences or not all(isinstance(item, str) for item in sentences):
-            raise _RefusedError("text_list is not a list of sentences")
+            raise RefusedError("text_list is not a list of sentences")
         if not isinstance(infos, list) or not all(isinstance(item, dict) for item in infos):
-            raise _RefusedError("image_info is not a list of objects")
+            raise RefusedError("image_info is not a list of objects")
         is_inline = any(info.get("image_base64") is not None for info in infos)
         kept = [i for i, info in enumerate(infos) if not is_inline or info.get("image_base64") is not None]
         before: dict[int, list[ImageReference]] = {}  # sentence -> the images in front of it
         for i, sentence in _matches(kept, infos, record.get("similarity_matrix"), len(sentences)):
             before.setdefault(sentence, []).append(_reference(infos[i], options))
-    except _RefusedError as refused:
+    except RefusedError as refused:
         return Rejected(key, str(refused))
     if not before:
         return Rejected(key, "no image is matched to a sentence")
@@ -78,7 +74,7 @@ def _matches(
     given = {i: infos[i]["matched_text_index"] for i in kept if infos[i].get("matched_text_index") is not None}
     if given:
         if not all(type(j) is int and 0 <= j < num_sentences for j in given.values()):
-            raise _RefusedError("matched_text_index is not the index of a sentence")
+            raise RefusedError("matched_text_index is not the index of a sentence")
         return list(given.items())
     if not kept:
         return []
@@ -87,15 +83,15 @@ def _matches(
 
     is_matrix = isinstance(similarity, list) and len(similarity) == len(infos)
     if not is_matrix or not all(isinstance(row, list) and len(row) == num_sentences for row in similarity):
-        raise _RefusedError("similarity_matrix is not of shape [images, sentences]")
+        raise RefusedError("similarity_matrix is not of shape [images, sentences]")
     if not all(type(value) is float or type(value) is int for row in similarity for value in row):
-        raise _RefusedError("similarity_matrix holds something else than numbers")
+        raise RefusedError("similarity_matrix holds something else than numbers")
     try:
         matrix = np.array([similarity[i] for i in kept], dtype=np.float64)
     except OverflowError:
-        raise _RefusedError("similarity_matrix holds something else than finite numbers") from None
+        raise RefusedError("similarity_matrix holds something else than finite numbers") from None
     if not np.isfinite(matrix).all():
-        raise _RefusedError("similarity_matrix holds something else than finite numbers")
+        raise RefusedError("similarity_matrix holds something else than finite numbers")
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     return [(kept[row], int(column)) for row, column in zip(rows, columns, strict=True)]
 
@@ -109,9 +105,9 @@ def _reference(info: dict[str, Any], options: Options) -> ImageReference:
         except (ValueError, AttributeError):
             content = b""
         if not content:
-            raise _RefusedError("image_base64 cannot be decoded")
+            raise RefusedError("image_base64 cannot be decoded")
         return content
     field = "raw_url" if options.image_root is None else "image_name"
     if not isinstance(info.get(field), str) or not info[field]:
-        raise _RefusedError(f"an image has no {field}")
+        raise RefusedError(f"an image has no {field}")
     return str(info[field])

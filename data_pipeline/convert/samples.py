@@ -23,7 +23,7 @@ from data_pipeline.tar_sample import BLOCK
 CAPTION_SUFFIXES = ("txt", "json")
 
 
-def read_sample(path: Path, sample: Sample, files: Files) -> dict[str, Any] | str:
+def sample_record(path: Path, sample: Sample, files: Files) -> dict[str, Any] | str:
     """{suffix: bytes} and the sample's key as "__key__"; or the reason why it is rejected."""
     if sample.reason is not None:
         return sample.reason
@@ -39,7 +39,7 @@ def scan_tar(path: Path) -> list[Sample]:
     listing = _Listing()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        end, problem = 0, None
+        end, problem, is_cut = 0, None, True
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
@@ -48,12 +48,13 @@ def scan_tar(path: Path) -> list[Sample]:
                     end = member.offset_data
                     if not member.isdir():
                         listing.add(member)
+                    vars(tar)["members"] = []  # where tarfile keeps every header, 0.4 kB each
                 end = tar.offset
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             problem = str(error) or type(error).__name__
         if problem is None:
-            problem = _after_the_end(file, end, size)
-    if problem is not None and (listing.last is None or problem.startswith("more follows")):
+            problem, is_cut = _after_the_end(file, end, size)
+    if problem is not None and (listing.last is None or not is_cut):
         listing.reasons[path.name] = f"tar cannot be read: {problem}"
         listing.members.setdefault(path.name, [])
     elif problem is not None and listing.last is not None:
@@ -91,18 +92,20 @@ class _Listing:
             members.append(Member(suffix, member.offset_data, member.size))
 
 
-def _after_the_end(file: Any, end: int, size: int) -> str | None:
-    """tarfile stops silently at a damaged header; only a block of zeros is an end, and only zeros may follow it."""
+def _after_the_end(file: Any, end: int, size: int) -> tuple[str | None, bool]:
+    """What is wrong, and whether the last sample may be incomplete for it. tarfile stops silently at a damaged header;
+    only a block of zeros is an end, and only zeros may follow it."""
     file.seek(end)
     block = file.read(BLOCK)
     if end >= size and size > 0:
-        return "it has no end mark"
+        return "it has no end mark", True
     if len(block) < BLOCK or any(block):
-        return "it breaks off at a damaged header" if size else None
+        return ("it breaks off at a damaged header" if size else None), True
     while block := file.read(1 << 20):
         if block.count(0) != len(block):
-            return "more follows after its end mark, as where tars are joined with cat; unpack and pack it again"
-    return None
+            more = "more follows after its end mark, as where tars are joined with cat; unpack and pack it again"
+            return more, False
+    return None, False
 
 
 def has_captioned_image(names: Sequence[Path]) -> bool:
@@ -126,6 +129,8 @@ def scan_folder(path: Path) -> list[Sample]:
             found.setdefault(key, []).append(Member(suffix, file=str(file)))
             if not (path / file).resolve().is_relative_to(root):
                 reasons[key] = f"image path leaves the image root: {file}"
+            elif not (path / file).is_file():  # a pipe would be waited for without an end
+                reasons[key] = f"file is not an ordinary file: {file}"
             elif not is_encodable(key):
                 reasons[key] = "file name is not UTF-8"
     samples = []

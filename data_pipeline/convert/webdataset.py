@@ -20,9 +20,9 @@ CONTAINERS = ("tar",)
 def draft(key: str, record: dict[str, Any], options: Options) -> Document | Rejected:
     name, members = record["__key__"], {suffix: data for suffix, data in record.items() if suffix != "__key__"}
     if "json" in members:  # members are in lower case by now, so the names of images must be too
-        document = json_object(key, members["json"])
-        if isinstance(document, Rejected):
-            return document
+        document = json_object(members["json"])
+        if isinstance(document, str):
+            return Rejected(key, document)
         images = document.get("images")
         if isinstance(images, list) and any(isinstance(image, str) and image != image.lower() for image in images):
             document["images"] = [image.lower() if isinstance(image, str) else image for image in images]

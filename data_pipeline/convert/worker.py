@@ -32,6 +32,7 @@ class Job:
     out: Path  # where an earlier run's shard and record lie
     staging: Path  # where a new shard goes; the main process moves it to `out`
     source: str  # the documents' source
+    origin: str  # path of the whole input
     image_folder: Path  # relative image paths are below it
     image_tokenizer: str | None  # codes are kept only where it is known
     template: str | None  # digest of the chat template
@@ -40,7 +41,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`record.facts`: num_in, rejected and left_out, the latter two as [key, reason] each."""
+    """`record.facts`: format and source (the path of the whole input); num_in, rejected and left_out, the latter two as
+    [key, reason] each."""
 
     name: str
     record: ShardRecord
@@ -60,7 +62,13 @@ def run(job: Job) -> Outcome:
     documents = _documents(job, rejected, left_out)
     first = next(documents, None)
     info = None if first is None else write_shard(job.staging / job.name, chain([first], documents))
-    found = {"num_in": job.chunk.num_records, "rejected": rejected, "left_out": left_out}
+    found = {
+        "format": job.format_name,
+        "source": job.origin,
+        "num_in": job.chunk.num_records,
+        "rejected": rejected,
+        "left_out": left_out,
+    }
     return Outcome(job.name, ShardRecord(made_from, info, found), is_kept=False)
 
 

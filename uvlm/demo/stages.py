@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from data_pipeline.convert import convert
+from data_pipeline.convert import Options, convert
 from data_pipeline.shards import check_shard
 from data_pipeline.split import Split
 from data_pipeline.vocab import Vocab
@@ -108,7 +108,8 @@ class Shards:
             if not _is_whole(folder):
                 format_name = "vqa" if split.startswith("understand") else "pairs"
                 with progress.counter(f"  {split}") as update:
-                    report = convert(format_name, _source(demo, split), folder, progress=update)
+                    options = Options(image_root=Path("/"))  # the sources name the images of an installed package
+                    report = convert(format_name, _source(demo, split), folder, options=options, progress=update)
                 print(f"  {split}: {report.documents_out:,} documents", flush=True)
 
 
