@@ -45,6 +45,25 @@ class ShardRecord:
             return None
 
 
+def check_own(folder: Path, facts: dict[str, Any], makers: str) -> None:
+    """ValueError where `folder` holds shards whose records lack these `facts`, or shards or a manifest without records:
+    they are another's, and would be overwritten. A folder in which a run was killed before its first record is its own.
+
+    `makers` is the glob of the folder in which a run of the caller makes its shards.
+    """
+    names = sorted(path.name.removesuffix(RECORD_SUFFIX) for path in folder.glob("*" + RECORD_SUFFIX))
+    record = next((record for name in names if (record := ShardRecord.load(folder, name)) is not None), None)
+    if record is not None:
+        is_own = all(record.facts.get(name) == value for name, value in facts.items())
+    else:
+        holds = any(folder.glob("*.tar")) or (folder / MANIFEST_NAME).exists()
+        is_own = not holds or any(folder.glob(makers))
+    if not is_own:
+        known = {} if record is None else record.facts
+        made_from = f"made from {known['source']} as {known['format']}" if "format" in known else "of another origin"
+        raise ValueError(f"{folder} holds shards {made_from}; name another folder, or remove this one")
+
+
 def record_path(folder: Path, name: str) -> Path:
     return folder / (name + RECORD_SUFFIX)
 

@@ -17,11 +17,14 @@ of 1.3 MB, and 0.3 s to connect first.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = (0.5, 2.0, 8.0)
 NUM_CONNECTIONS = 32  # requests that a process has under way at once; clients of S3 have a pool of ten if not told
@@ -99,6 +102,7 @@ class Folder:
                 if pause is None:
                     tries = len(RETRY_SECONDS) + 1
                     raise OSError(f"{what} cannot be read, tried {tries} times: {_in_words(error)}") from error
+                logger.warning("%s cannot be read (%s); trying again in %g s", what, _in_words(error), pause)
             self._forget()
             time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")

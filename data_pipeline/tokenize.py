@@ -38,7 +38,7 @@ import numpy as np
 
 from data_pipeline.image_tokens import ImageTokenizer, Progress, psnr
 from data_pipeline.schema import Document, Rejected, codes_name
-from data_pipeline.shard_record import ShardRecord, kept, record_path, remove_leftovers
+from data_pipeline.shard_record import ShardRecord, check_own, kept, record_path, remove_leftovers
 from data_pipeline.shards import MANIFEST_NAME, ShardInfo, index_path, write_manifest, write_shard
 from data_pipeline.split import Split
 
@@ -92,7 +92,7 @@ class _Job:
 
     def kept(self, source: ShardInfo, *, checksum: bool) -> ShardRecord | None:
         record = kept(self.out, source.name, self.made_from(source), checksum=checksum)
-        if record is None or set(record.facts) != {"images", "rejected"}:
+        if record is None or set(record.facts) != {"made_by", "images", "rejected"}:
             return None
         return record
 
@@ -154,6 +154,7 @@ def tokenize_rank(
     image_tokenizer = ImageTokenizer.load(Path(tokenizer) / "image")
     report = TokenizeReport(psnr=round_trip_gate(split, image_tokenizer, min_psnr))
     out.mkdir(parents=True, exist_ok=True)
+    check_own(out, {"made_by": "tokenize"}, ".making-*")
 
     sources = split.manifest.shards
     firsts = [0, *itertools.accumulate(split.shard_sizes)]
@@ -213,7 +214,7 @@ def round_trip_gate(split: Split, tokenizer: ImageTokenizer, min_psnr: float) ->
 def _tokenize_shard(job: _Job, source: ShardInfo, first: int, advance: Callable[[int], None]) -> ShardRecord:
     record_path(job.out, source.name).unlink(missing_ok=True)  # before the manifest: `_finish` counts on the order
     (job.out / MANIFEST_NAME).unlink(missing_ok=True)
-    facts: dict[str, Any] = {"images": 0, "rejected": []}
+    facts: dict[str, Any] = {"made_by": "tokenize", "images": 0, "rejected": []}
     with _own_folder(job.out) as own:
         documents = _documents(job, range(first, first + source.samples), facts, advance)
         head = next(documents, None)

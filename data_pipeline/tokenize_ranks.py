@@ -62,7 +62,9 @@ def tokenize_with_local_ranks(
 
     An error of a rank is raised here, and an interrupt ends all of them.
     """
-    num_documents = len(Split.open(shards))
+    split = Split.open(shards)
+    num_ranks = min(num_ranks, len(split.manifest.shards))  # more would have nothing to do
+    num_documents = len(split)
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     context = multiprocessing.get_context("spawn")
     processes = []

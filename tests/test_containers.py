@@ -367,3 +367,15 @@ def _write_any(folder: Path, container: str, word: bytes) -> None:
         text = word.decode()
         content = {"jsonl": f'{{"a": "{text}"}}\n', "json": f'[{{"a": "{text}"}}]', "csv": f"a\n{text}\n"}[container]
         (folder / f"a.{container}").write_text(content)
+
+
+def test_a_column_that_python_cannot_hold_costs_no_document(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from data_pipeline.convert import convert
+
+    times = pa.array([1_700_000_000_000_000_001] * 3, pa.timestamp("ns"))
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "crawled": times}), tmp_path / "t.parquet")
+    report = convert("text", tmp_path / "t.parquet", tmp_path / "out")
+    assert (report.documents_out, report.rejected) == (3, {})

@@ -251,10 +251,10 @@ def test_finished_shards_of_another_corpus_are_not_replaced(tmp_path: Path) -> N
     convert("text", tmp_path / "a.jsonl", tmp_path / "out")
     before = contents(tmp_path / "out")
     for format_name, name in (("text", "b.jsonl"), ("pairs", "a.jsonl")):
-        with pytest.raises(ValueError, match=r"out holds the finished shards of .*a\.jsonl as text.*name another"):
+        with pytest.raises(ValueError, match=r"out holds shards made from .*a\.jsonl as text; name another"):
             convert(format_name, tmp_path / name, tmp_path / "out")
     (tmp_path / "out/shard-000000.tar.done.json").unlink()
-    with pytest.raises(ValueError, match="finished shards of something else"):
+    with pytest.raises(ValueError, match="of another origin"):
         convert("text", tmp_path / "a.jsonl", tmp_path / "out")
     (tmp_path / "out/shard-000000.tar.done.json").write_bytes(before["shard-000000.tar.done.json"])
     assert contents(tmp_path / "out") == before
@@ -344,3 +344,49 @@ def test_ctrl_c_ends_every_process_and_leaves_no_manifest(tmp_path: Path) -> Non
     report = convert("pairs", source, tmp_path / "out", samples_per_shard=10, num_processes=2)
     assert report.documents_out == 100
     assert 0 < report.shards_kept < 10
+
+
+def test_a_folder_with_shards_of_others_is_left_alone(tmp_path: Path) -> None:
+    source = write_lines(tmp_path, {"text": "a"})
+    for name in ("shard-000007.tar", "manifest.json"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_bytes(b"precious")
+        with pytest.raises(ValueError, match="of another origin; name another folder"):
+            convert("text", source, out)
+        assert (out / name).read_bytes() == b"precious"
+
+
+def test_images_that_come_later_are_asked_for_where_that_is_wanted(tmp_path: Path) -> None:
+    lines = [{"image": f"{name}.png", "caption": name} for name in ("here", "late")]
+    (tmp_path / "here.png").write_bytes(PNG)
+    source = write_lines(tmp_path, *lines)
+    assert convert("pairs", source, tmp_path / "out").rejected == {"image is missing": 1}
+    (tmp_path / "late.png").write_bytes(PNG)
+    again = convert("pairs", source, tmp_path / "out")
+    assert (again.documents_out, again.shards_kept, again.lacking_images) == (1, 1, 1)
+    retried = convert("pairs", source, tmp_path / "out", retry_images=True)
+    assert (retried.documents_out, retried.rejected, retried.lacking_images) == (2, {}, 0)
+    assert convert("pairs", source, tmp_path / "out", retry_images=True).shards_kept == 1
+
+
+def test_what_of_a_folder_is_not_read_is_told(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "README.md"):
+        (folder / name).write_text('{"text": "a"}\n')
+    (folder / "part").symlink_to(elsewhere)
+    report = convert("text", folder, tmp_path / "out")
+    assert report.documents_out == 1
+    assert report.not_read == {".gz": 1, ".csv": 1, "links to folders": 1}
+
+
+def test_the_list_of_rejected_documents_names_their_file(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "b.jsonl").write_text('{"text": ""}\n')
+    convert("text", folder, tmp_path / "out")
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"input": "b.jsonl", "key": "000000001", "reason": "text is missing or empty"}

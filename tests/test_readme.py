@@ -36,8 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a user of the README has: two jsonl files and a config."""
     folder = tmp_path_factory.mktemp("user")
     known = [picture for picture in pictures("train") if picture.caption][:64]
-    questions = [{"image": str(p.path), "questions": p.questions} for p in known]
-    captions = [{"image": str(p.path), "caption": p.caption} for p in known]
+    (folder / "images").mkdir()
+    for p in known:
+        shutil.copy(p.path, folder / "images" / p.path.name)
+    questions = [{"image": f"images/{p.path.name}", "questions": p.questions} for p in known]
+    captions = [{"image": f"images/{p.path.name}", "caption": p.caption} for p in known]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
     tree = yaml.safe_load((Path(__file__).parent.parent / "uvlm" / "configs" / "demo.yaml").read_text())

@@ -17,6 +17,7 @@ from data_pipeline.schema import Document
 from data_pipeline.shards import Manifest, ShardWriter
 from data_pipeline.split import Split
 from data_pipeline.tokenize import tokenize
+from tests.test_schema import make_document
 from uvlm.cli import main
 
 NUM_DOCUMENTS = 11
@@ -271,3 +272,12 @@ def test_shards_without_pictures_cannot_be_tokenized_again(shards: Path, tokeniz
     run(shards, tmp_path / "codes", tokenizer, keep_images=False)
     with pytest.raises(ValueError, match=f"{NUM_DOCUMENTS} x image has codes but no bytes"):
         run(tmp_path / "codes", tmp_path / "out", tokenizer)
+
+
+def test_shards_of_another_command_are_not_overwritten(tmp_path: Path, tokenizer: Path) -> None:
+    for name in ("in", "other"):
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write(make_document(name))
+    with pytest.raises(ValueError, match="other holds shards of another origin; name another folder"):
+        tokenize(tmp_path / "in", tmp_path / "other", tokenizer, min_psnr=0)
+    assert Manifest.load(tmp_path / "other").image_tokenizer is None

@@ -137,6 +137,9 @@ def convert(
     drop_missing_images: Annotated[
         bool, typer.Option("--drop-missing-images", help="leave out an image that cannot be had, not its document")
     ] = False,
+    retry_images: Annotated[
+        bool, typer.Option("--retry-images", help="ask again for images that an earlier run could not have")
+    ] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="worker processes; else one for each core")] = None,
 ) -> None:
     """Bring a corpus into canonical shards: plain webdataset tars, an index beside each, one manifest."""
@@ -153,11 +156,16 @@ def convert(
             options=options,
             samples_per_shard=samples_per_shard,
             num_processes=processes,
+            retry_images=retry_images,
             progress=update,
         )
     _print_rejected(report.rejected, Path(out))
     for reason, count in report.left_out.items():
         print(f"left out {count:,} images: {reason}")
+    if report.lacking_images:
+        print(f"{report.lacking_images:,} shards were kept that lack images; --retry-images asks for these again")
+    for kind, count in report.not_read.items():
+        print(f"not read: {count:,} {kind}")
     print(f"{report.documents_in:,} documents in, {report.documents_out:,} out: {out}")
 
 

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ SUFFIXES = {
     "parquet": (".parquet",),
     "json": (".json",),
 }  # in a folder that holds several, the first that the format reads is taken: the others are its side files
+PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tgz")
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -52,12 +54,7 @@ def find(source: Path, containers: tuple[str, ...]) -> tuple[str, list[Path]]:
         raise ValueError(f"{source} is of no type that this format reads: {readable}; unpack or rename it")
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is missing; give a file or a folder of files: {readable}")
-    names = sorted(
-        Path(folder, name).relative_to(source)
-        for folder, _, names in os.walk(source)
-        for name in names
-        if not name.startswith(".")
-    )
+    names = _names(source)
     for container, endings in SUFFIXES.items():
         if container not in containers:
             continue
@@ -72,6 +69,36 @@ def find(source: Path, containers: tuple[str, ...]) -> tuple[str, list[Path]]:
     if "folder" in containers and any(name.suffix[1:].lower() in IMAGE_SUFFIXES for name in names):
         raise ValueError(f"{source} holds images but no caption beside any; put 0001.txt beside 0001.jpg")
     raise FileNotFoundError(f"{source} holds no file that this format reads: {readable}")
+
+
+def not_read(source: Path, files: list[Path]) -> dict[str, int]:
+    """What a folder holds besides `files` that might be part of the corpus: suffix -> how many, or links to folders."""
+    if not source.is_dir() or files == [source]:
+        wanted = {suffix for container in ("jsonl", "csv", "parquet", "tar") for suffix in SUFFIXES[container]}
+    else:
+        wanted = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+    if not source.is_dir():
+        return {}
+    taken = set(files)
+    others = [source / name for name in _names(source)]
+    found = Counter(path.suffix.lower() for path in others if path not in taken)
+    left = {suffix: count for suffix, count in found.items() if suffix in wanted or suffix in PACKED}
+    links = sum(Path(folder, name).is_symlink() for folder, names, _ in os.walk(source) for name in names)
+    return {**left, **({"links to folders": links} if links else {})}
+
+
+def _names(source: Path) -> list[Path]:
+    """Files below a folder, relative to it, sorted. OSError where a folder cannot be looked into."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return sorted(
+        Path(folder, name).relative_to(source)
+        for folder, _, names in os.walk(source, onerror=refuse)
+        for name in names
+        if not name.startswith(".")
+    )
 
 
 def cut(

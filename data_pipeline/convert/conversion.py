@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import IO
 
 from data_pipeline.convert.chunk import Chunk
-from data_pipeline.convert.containers import cut, find
+from data_pipeline.convert.containers import cut, find, not_read
 from data_pipeline.convert.options import Options
 from data_pipeline.convert.processes import outcomes_of
-from data_pipeline.convert.worker import Job, Outcome
+from data_pipeline.convert.worker import Job, Outcome, lacks_images
 from data_pipeline.schema import Rejected
-from data_pipeline.shard_record import RECORD_SUFFIX, ShardRecord, remove_leftovers
+from data_pipeline.shard_record import check_own, remove_leftovers
 from data_pipeline.shards import MANIFEST_NAME, SHARD_NAME, Manifest, ShardInfo, write_manifest
 
 FORMATS = ("pairs", "vqa", "obelics", "mmc4", "webdataset", "chat", "text")
@@ -55,6 +55,8 @@ class ConvertReport:
     left_out: dict[str, int] = field(default_factory=dict)  # category -> images left out of documents that were kept
     shards_written: int = 0
     shards_kept: int = 0  # of an earlier run
+    lacking_images: int = 0  # shards that were kept although an image of theirs could not be had
+    not_read: dict[str, int] = field(default_factory=dict)  # kinds of files of the input folder that were passed over
 
 
 def convert(
@@ -65,11 +67,13 @@ def convert(
     options: Options | None = None,
     samples_per_shard: int = 1000,
     num_processes: int | None = None,
+    retry_images: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ConvertReport:
     """Writes `source`, a file or a folder of files, as shards to the folder `out`.
 
-    `num_processes` is the number of CPUs that this process may use, if None. `progress` is called with the number of
+    `num_processes` is the number of CPUs that this process may use, if None. `retry_images` makes shards of an earlier
+    run again where an image was missing or its URL failed. `progress` is called with the number of
     documents read so far. Every document that was rejected is a line of `out`/rejected.jsonl. ValueError for an unknown
     format, an input that cannot be used or holds no usable document; FileNotFoundError for one that is missing.
     """
@@ -89,18 +93,20 @@ def convert(
     if options.chat_template is not None:
         options = replace(options, chat_template=options.chat_template.absolute())
     image_tokenizer = _image_tokenizer(source) if format_name == "webdataset" else None
-    jobs = _jobs(format_name, source, out, options, samples_per_shard, image_tokenizer)
+    jobs, passed_over = _jobs(format_name, source, out, options, samples_per_shard, image_tokenizer, retry_images)
     _check_out(source, out)
     is_new = not out.exists()
     try:
         with _held(out):
-            _check_origin(format_name, source, out)
+            check_own(out, {"format": format_name, "source": _name_of(source)}, STAGING)
             staging = out / STAGING
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
             try:
                 staging.mkdir()
                 num_processes = num_processes or len(os.sched_getaffinity(0))
-                return _write(jobs, out, num_processes, image_tokenizer, progress, source)
+                report = _write(jobs, out, num_processes, image_tokenizer, progress, source)
+                report.not_read = passed_over
+                return report
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     finally:
@@ -131,21 +137,6 @@ def _held(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)  # while it is held; whoever has opened it by now sees that it is gone
 
 
-def _check_origin(format_name: str, source: Path, out: Path) -> None:
-    """A finished folder is only changed by the conversion that made it."""
-    if not (out / MANIFEST_NAME).is_file():
-        return
-    names = sorted(path.name.removesuffix(RECORD_SUFFIX) for path in out.glob("*" + RECORD_SUFFIX))
-    record = next((record for name in names if (record := ShardRecord.load(out, name)) is not None), None)
-    origin = [None, None] if record is None else [record.facts.get(name) for name in ("format", "source")]
-    if origin != [format_name, _name_of(source)]:
-        made_from = "something else" if origin[1] is None else f"{origin[1]} as {origin[0]}"
-        raise ValueError(
-            f"{out} holds the finished shards of {made_from}, not of {source} as {format_name}; remove that folder or "
-            "name another"
-        )
-
-
 def _name_of(source: Path) -> str:
     """Where it lies, as JSON and UTF-8 can hold it."""
     return str(source.resolve()).encode(errors="backslashreplace").decode()
@@ -165,8 +156,15 @@ def _image_tokenizer(source: Path) -> str | None:
 
 
 def _jobs(
-    format_name: str, source: Path, out: Path, options: Options, samples_per_shard: int, image_tokenizer: str | None
-) -> Iterator[Job]:
+    format_name: str,
+    source: Path,
+    out: Path,
+    options: Options,
+    samples_per_shard: int,
+    image_tokenizer: str | None,
+    retry: bool,
+) -> tuple[Iterator[Job], dict[str, int]]:
+    """The jobs, and what of the input none of them reads."""
     module = importlib.import_module(f"data_pipeline.convert.{format_name}")
     if options.image_root is not None and not options.image_root.is_dir():
         raise FileNotFoundError(f"image root {options.image_root} is missing or not a folder")
@@ -193,9 +191,10 @@ def _jobs(
                 image_tokenizer=image_tokenizer,
                 template=template,
                 options=options,
+                retry=retry,
             )
 
-    return jobs()
+    return jobs(), not_read(source, files)
 
 
 def _digest_of_template(path: Path | None) -> str | None:
@@ -249,6 +248,7 @@ def _write(
             left_out.update(Rejected(key, reason).category for key, reason in facts["left_out"])
             _list_rejected(listing, outcome)
             report.shards_kept += outcome.is_kept
+            report.lacking_images += outcome.is_kept and lacks_images(outcome.record)
             report.shards_written += not outcome.is_kept and outcome.record.info is not None
             held.append(outcome)
             if outcome.record.info is not None:
@@ -261,7 +261,9 @@ def _write(
                 progress(report.documents_in)
     if not written:
         reasons = ", ".join(f"{category} ({count})" for category, count in rejected.items()) or "it is empty"
-        raise ValueError(f"{source} holds no document that can be used: {reasons}")
+        told = [reason for outcome in held for _, reason in outcome.record.facts["rejected"]]
+        first = f"; the first: {told[0]}" if told else ""
+        raise ValueError(f"{source} holds no document that can be used: {reasons}{first}")
     (out / STAGING / REJECTED_NAME).replace(out / REJECTED_NAME)
     remove_leftovers(out, names, [info.name for info in written])
     write_manifest(out, written, image_tokenizer)
@@ -285,5 +287,6 @@ def _put_in_place(out: Path, outcome: Outcome) -> None:
 def _list_rejected(listing: IO[str], outcome: Outcome) -> None:
     for kind in ("rejected", "left_out"):
         for key, reason in outcome.record.facts[kind]:
-            entry = {"key": key, "reason": reason} | ({"left_out": "image"} if kind == "left_out" else {})
+            entry = {"input": outcome.record.facts["input"], "key": key, "reason": reason}
+            entry |= {"left_out": "image"} if kind == "left_out" else {}
             listing.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -193,8 +193,8 @@ class _Rows:
                 continue
             try:
                 yield batch.slice(position, 1).to_pylist()[0]
-            except (pa.ArrowException, ValueError, OverflowError) as error:
-                yield f"row cannot be read: {_one_line(error)}"
+            except (pa.ArrowException, ValueError, OverflowError):
+                yield {name: _cell(batch, name, position) for name in batch.schema.names}
 
     def _find(self, row: int) -> tuple[Any, int]:
         """The batch that holds a row, and its place there."""
@@ -212,6 +212,16 @@ class _Rows:
             self._start = self._end = sys.maxsize  # so that another try starts anew
             raise
         return self._batch, row - self._start
+
+
+def _cell(batch: Any, name: str, position: int) -> Any:
+    """One value; None where Python has none for it, such as a time in nanoseconds: most columns are not needed."""
+    import pyarrow as pa
+
+    try:
+        return batch.column(name).slice(position, 1).to_pylist()[0]
+    except (pa.ArrowException, ValueError, OverflowError):
+        return None
 
 
 @functools.lru_cache(maxsize=1)

@@ -37,12 +37,13 @@ class Job:
     image_tokenizer: str | None  # codes are kept only where it is known
     template: str | None  # digest of the chat template
     options: Options
+    retry: bool = False  # make the shard again where an image could not be had
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`record.facts`: format and source (the path of the whole input); num_in, rejected and left_out, the latter two as
-    [key, reason] each."""
+    """`record.facts`: format and source (the path of the whole input); input (the file's name), num_in, rejected and
+    left_out, the latter two as [key, reason] each."""
 
     name: str
     record: ShardRecord
@@ -51,11 +52,12 @@ class Outcome:
 
 def run(job: Job) -> Outcome:
     """Makes the shard in `staging`, or finds that the one in `out` is what would be made."""
-    facts = dataclasses.replace(job, out=Path(), staging=Path(), chunk=dataclasses.replace(job.chunk, samples=()))
+    chunk = dataclasses.replace(job.chunk, samples=())
+    facts = dataclasses.replace(job, out=Path(), staging=Path(), retry=False, chunk=chunk)
     identity = f"{CODE_VERSION} {facts!r} {digest(job.chunk)}"
     made_from = hashlib.sha256(identity.encode(errors="backslashreplace")).hexdigest()
     earlier = kept(job.out, job.name, made_from)
-    if earlier is not None:
+    if earlier is not None and not (job.retry and lacks_images(earlier)):
         return Outcome(job.name, earlier, is_kept=True)
     rejected: list[tuple[str, str]] = []
     left_out: list[tuple[str, str]] = []
@@ -65,11 +67,18 @@ def run(job: Job) -> Outcome:
     found = {
         "format": job.format_name,
         "source": job.origin,
+        "input": job.chunk.path.name,
         "num_in": job.chunk.num_records,
         "rejected": rejected,
         "left_out": left_out,
     }
     return Outcome(job.name, ShardRecord(made_from, info, found), is_kept=False)
+
+
+def lacks_images(record: ShardRecord) -> bool:
+    """Whether an image of the shard was not there or not served, which may be different another time."""
+    reasons = [reason for _, reason in [*record.facts["rejected"], *record.facts["left_out"]]]
+    return any(reason.startswith(("image is missing", "image URL failed")) for reason in reasons)
 
 
 def _documents(job: Job, rejected: list[tuple[str, str]], left_out: list[tuple[str, str]]) -> Iterator[Document]:
