@@ -152,10 +152,9 @@ def _mapped(tasks: list[_Task], num_processes: int) -> Generator[VerifyReport, N
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from reports
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
-            process.join()
+        pool.shutdown(cancel_futures=True)  # its thread waits for them: two that wait mislead each other
         if isinstance(error, BrokenProcessPool):
             raise ValueError(
                 "a process of the verification was ended from outside, most often for lack of memory; use fewer"
