@@ -315,11 +315,12 @@ class _Death(str):
 def test_ctrl_c_ends_every_process_and_leaves_no_manifest(tmp_path: Path) -> None:
     source = write_captions(tmp_path, 100)
     code = (
-        "import sys, time; from data_pipeline.convert import convert\n"
+        "import signal, sys, time; from data_pipeline.convert import convert\n"
         "def tell(n):\n"
         "    print(n, flush=True)\n"
         "    for _ in range(1200): time.sleep(0.05)  # short: a signal just before a sleep does not end it\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it\n"
         "    try: convert('pairs', sys.argv[1], sys.argv[2], samples_per_shard=10, num_processes=2, progress=tell)\n"
         "    except KeyboardInterrupt: print('stopped')\n"
     )
