@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from uvlm.distributed import prepare_environment
+from uvlm.distributed import leave, prepare_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
@@ -49,6 +49,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")
     from uvlm.train import train as run_training
 
     run_training(load_config(config, overrides or []))
+    leave()
 
 
 @app.command()

@@ -6,6 +6,7 @@ ZeRO belong to DeepSpeed (engine.py).
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class World(NamedTuple):
@@ -79,3 +80,16 @@ def _end_with_parent() -> None:
     """Ask Linux to stop torchrun (and torchrun its ranks) when we die, even by kill -9: nobody trains on unseen."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def leave() -> NoReturn:
+    """End this process with exit code 0, once exit handlers have run, without shutting the interpreter down.
+
+    DeepSpeed keeps hold of process groups, so gloo's threads outlive `destroy_process_group`, and now and then one is
+    destroyed while it runs: "terminate called without an active exception" (run; pytorch/pytorch#190489). A finished
+    training must not look like a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
