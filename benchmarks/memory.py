@@ -1,7 +1,7 @@
 """Claim: a loader worker's memory stays flat, within 5%, over a million documents.
 
 One real worker process reads small documents again and again, in packs, as training would; its private memory (USS:
-pages that no other process shares) is sampled on the way. The first tenth is warm-up: open files, orders, allocator.
+pages that no other process shares) is sampled on the way. The first 50,000 are warm-up: open files, orders, allocator.
 
     python benchmarks/memory.py [--documents 1000000]
 """
@@ -29,20 +29,23 @@ from data_pipeline.text_tokenizer import train_text_tokenizer
 from data_pipeline.vocab import Vocab
 
 NUM_SAMPLES = 20
+WARM_UP = 50_000  # documents
 CORPUS = 20_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=1_000_000, help="documents to read")
+    parser.add_argument("--documents", type=int, default=1_000_000, help=f"documents to read, more than {WARM_UP:,}")
     num_documents = parser.parse_args().documents
+    if num_documents <= WARM_UP:
+        parser.error(f"--documents={num_documents} must be more than {WARM_UP}")
     with tempfile.TemporaryDirectory(prefix="uvlm-memory-") as folder:
         samples, seconds = measure(Path(folder), num_documents)
     table = Table("documents", "private memory of the worker, MB", title="a loader worker over time")
     for count, size in samples:
         table.add_row(f"{count:,}", f"{size / 1e6:.1f}")
     Console().print(table)
-    warm = [size for _, size in samples[NUM_SAMPLES // 10 :]]
+    warm = [size for count, size in samples if count >= WARM_UP]
     growth = max(warm) / warm[0] - 1
     result = {"documents": samples[-1][0], "seconds": round(seconds, 1), "growth": round(growth, 4)}
     print(json.dumps({**result, "flat": growth <= 0.05, "megabytes": round(warm[-1] / 1e6, 1)}))
