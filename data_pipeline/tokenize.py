@@ -46,6 +46,7 @@ CODE_VERSION = 1  # raise it where the same pictures become other codes, so that
 MIN_PSNR = 18.0  # dB; a one-coloured guess at easy-vqa's pictures reaches 13, a trained tokenizer 27 and more
 NUM_GATE_IMAGES = 64
 REJECTED_NAME = "rejected.jsonl"
+MADE_BY = {"made_by": "tokenize"}  # in every record, so that the shards of others are known
 OWN_FOLDER_PREFIX = ".making-"
 OWN_FOLDER_SECONDS = 24 * 3600  # one in which nothing was written for so long is what a killed process left
 
@@ -92,7 +93,7 @@ class _Job:
 
     def kept(self, source: ShardInfo, *, checksum: bool) -> ShardRecord | None:
         record = kept(self.out, source.name, self.made_from(source), checksum=checksum)
-        if record is None or set(record.facts) != {"made_by", "images", "rejected"}:
+        if record is None or set(record.facts) != {*MADE_BY, "images", "rejected"}:
             return None
         return record
 
@@ -154,7 +155,7 @@ def tokenize_rank(
     image_tokenizer = ImageTokenizer.load(Path(tokenizer) / "image")
     report = TokenizeReport(psnr=round_trip_gate(split, image_tokenizer, min_psnr))
     out.mkdir(parents=True, exist_ok=True)
-    check_own(out, {"made_by": "tokenize"}, ".making-*")
+    check_own(out, MADE_BY, OWN_FOLDER_PREFIX + "*")
 
     sources = split.manifest.shards
     firsts = [0, *itertools.accumulate(split.shard_sizes)]
@@ -214,7 +215,7 @@ def round_trip_gate(split: Split, tokenizer: ImageTokenizer, min_psnr: float) ->
 def _tokenize_shard(job: _Job, source: ShardInfo, first: int, advance: Callable[[int], None]) -> ShardRecord:
     record_path(job.out, source.name).unlink(missing_ok=True)  # before the manifest: `_finish` counts on the order
     (job.out / MANIFEST_NAME).unlink(missing_ok=True)
-    facts: dict[str, Any] = {"made_by": "tokenize", "images": 0, "rejected": []}
+    facts: dict[str, Any] = {**MADE_BY, "images": 0, "rejected": []}
     with _own_folder(job.out) as own:
         documents = _documents(job, range(first, first + source.samples), facts, advance)
         head = next(documents, None)

@@ -185,7 +185,7 @@ def _verify_shard(task: _Task) -> VerifyReport:
 
 
 @contextlib.contextmanager
-def _opened(folder: Folder, name: str, size: int) -> Iterator[IO[bytes]]:
+def _opened(folder: Folder, name: str, size: int) -> Iterator[io.BufferedReader | io.BufferedRandom]:
     """The shard, of a remote folder as a temporary copy that has no name: it is read three times, not in order."""
     if not folder.is_remote:
         with Path(folder.place(name)).open("rb") as file:
@@ -198,7 +198,7 @@ def _opened(folder: Folder, name: str, size: int) -> Iterator[IO[bytes]]:
         yield copy
 
 
-def _check_file(task: _Task, file: IO[bytes], report: VerifyReport) -> None:
+def _check_file(task: _Task, file: io.BufferedReader | io.BufferedRandom, report: VerifyReport) -> None:
     info = task.info
     size = os.fstat(file.fileno()).st_size
     report.bytes = size
@@ -208,7 +208,7 @@ def _check_file(task: _Task, file: IO[bytes], report: VerifyReport) -> None:
 
     if size != info.bytes:
         found("manifest does not fit", f"it has {size:,} bytes, its manifest says {info.bytes:,}")
-    elif _sha256(file) != info.sha256:  # of another size, it differs anyway
+    elif hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:  # of another size, it differs anyway
         found("checksum differs", "its content has not the sha256 of its manifest; copy or make it again")
     keys, offsets, damage = _walk(file, size)
     if damage is not None:
@@ -233,13 +233,6 @@ def _check_file(task: _Task, file: IO[bytes], report: VerifyReport) -> None:
             found(document.category, document.reason, keys[within] if within < len(keys) else document.key)
         else:
             _check_document(task, document, task.decodes(within), report)
-
-
-def _sha256(file: IO[bytes]) -> str:
-    total = hashlib.sha256()
-    while piece := file.read(PIECE):
-        total.update(piece)
-    return total.hexdigest()
 
 
 def _walk(file: IO[bytes], size: int) -> tuple[list[str], list[int], str | None]:

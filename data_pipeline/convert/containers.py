@@ -73,12 +73,11 @@ def find(source: Path, containers: tuple[str, ...]) -> tuple[str, list[Path]]:
 
 def not_read(source: Path, files: list[Path]) -> dict[str, int]:
     """What a folder holds besides `files` that might be part of the corpus: suffix -> how many, or links to folders."""
-    if not source.is_dir() or files == [source]:
-        wanted = {suffix for container in ("jsonl", "csv", "parquet", "tar") for suffix in SUFFIXES[container]}
-    else:
-        wanted = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
     if not source.is_dir():
         return {}
+    wanted = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+    if files == [source]:  # images with captions, which a .json may hold
+        wanted -= set(SUFFIXES["json"])
     taken = set(files)
     others = [source / name for name in _names(source)]
     found = Counter(path.suffix.lower() for path in others if path not in taken)

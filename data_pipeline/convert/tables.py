@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 from data_pipeline.convert.chunk import READ_RETRY_SECONDS, Chunk, Files, Sample, grouped, read_bytes
 from data_pipeline.convert.fields import is_encodable
+from data_pipeline.shards import PIECE
 
 MAX_CSV_FIELD = 16 << 20  # characters; a lost quotation mark must not swallow all memory
-PIECE = 32 << 20  # bytes of a file read at once for its checksum
 PARQUET_BUFFER = 1 << 20  # bytes of a column read at once, so that a row group is never in memory as a whole
 ROWS_AT_ONCE = 64  # decoded together; they may hold images
 
