@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.tested
+FLASH := .venv-flash
+FLASH_READY := $(FLASH)/.ready
+FLASH_TESTS := tests/test_flash_attention.py tests/test_fused_kernels.py
 SOURCES := $(shell find uvlm data_pipeline tests benchmarks ds_configs slurm -type f -not -name '*.pyc' 2>/dev/null)
 # What `make test` leaves out: long tests and those that need something installed. `make test-all` runs these too.
 EXTRA := slow or slurm or flash
@@ -14,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-flash lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -29,6 +32,14 @@ test: $(READY) ## lint, types and the fast tests
 test-all: $(TESTED) ## the fast tests unless they passed on these very files, then the slow, slurm and flash ones
 	$(BIN)/python -m pytest -m "$(EXTRA)"
 
+test-flash: $(READY) ## the real flash-attn package: on a GPU, else on the CPU under Triton's interpreter
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest $(FLASH_TESTS); \
+	else \
+	  $(MAKE) --no-print-directory $(FLASH_READY) && \
+	  TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE $(FLASH)/bin/python -m pytest $(FLASH_TESTS); \
+	fi
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +52,7 @@ bench: $(READY) ## run every benchmark; each file is one claim
 	done
 
 clean: ## remove the environment and all caches; runs and data stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(FLASH) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The fast tests passed on the files as they are now.
@@ -66,4 +77,19 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(shell grep -E '^torch==' constraints.txt)
 	@echo "== installing uvlm and what it needs, at the versions of constraints.txt"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
+	@touch $@
+
+# A second environment for flash-attn on a CPU, as Triton's interpreter needs an older NumPy than the rest. It holds the
+# packages of constraints-flash.txt; a .pth line puts those of .venv behind them, so torch is not installed twice.
+# flash-attn is built as pure Python. Such a wheel must not enter pip's cache: an install for a GPU would find it there.
+$(FLASH_READY): $(READY) constraints-flash.txt
+	@echo "== creating $(FLASH): flash-attn without CUDA, Triton (170 MB) and an older NumPy"
+	$(BIN)/python -m venv --clear $(FLASH)
+	$(FLASH)/bin/python -m pip install --quiet --no-deps -c constraints-flash.txt numpy triton wheel
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$packages" >"$$($(FLASH)/bin/python -c "$$packages")/main.pth"
+	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+	  $(FLASH)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-build-isolation \
+	  -c constraints-flash.txt flash-attn
+	$(FLASH)/bin/python -m pip install --quiet --no-deps -c constraints-flash.txt liger-kernel
 	@touch $@

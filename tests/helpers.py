@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
 from data_pipeline.encode import Encoded
 from data_pipeline.packing import Pack, make_pack
 from data_pipeline.schema import TASKS
-from uvlm.model import ModelConfig, UnifiedVLM, build_backbone
+from uvlm.backbone import Family, ModelConfig, build_backbone
+from uvlm.model import UnifiedVLM
+from uvlm.policies import Policy
 
 VOCAB_SIZE = 97
 
@@ -51,7 +51,7 @@ def mixed_pack(num_tokens: int = 128, name: tuple[int, int] = (0, 0)) -> Pack:
 
 
 def tiny_model(
-    family: Literal["llama", "qwen2", "qwen3"] = "qwen3", num_layers: int = 4, tie_embeddings: bool = False
+    family: Family = "qwen3", num_layers: int = 4, tie_embeddings: bool = False, policy: Policy | None = None
 ) -> UnifiedVLM:
     """A few thousand weights, the same at every call."""
     torch.manual_seed(0)
@@ -65,4 +65,4 @@ def tiny_model(
         head_dim=8,
         tie_embeddings=tie_embeddings,
     )
-    return UnifiedVLM(build_backbone(config, VOCAB_SIZE))
+    return UnifiedVLM(build_backbone(config, VOCAB_SIZE), policy)

@@ -1,65 +1,148 @@
-"""The door to attention kernels: each backend equals an explicit masked softmax."""
+"""The door to attention kernels: each backend equals a masked softmax written out in float64, gradients included.
+
+The cases and the yardstick serve two backends: tests/test_flash_attention.py holds flash-attn to them.
+
+Legend: Q queries of a pack, K keys, N query heads, G key/value heads, H head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
 
 from uvlm.attention import missing_backend, varlen_attention
 
-LENGTHS = (5, 0, 17, 1)  # a document may be empty: all of its tokens were left out
+
+class Segments(NamedTuple):
+    """Queries and keys of each segment of a pack."""
+
+    num_queries: tuple[int, ...]
+    num_keys: tuple[int, ...]
 
 
-def _inputs(num_heads: int, num_kv_heads: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    heads = (num_heads, num_kv_heads, num_kv_heads)
-    return [torch.randn(sum(LENGTHS), n, 32).to(device, dtype).requires_grad_() for n in heads]
+PACKS = {
+    "as many keys as queries": Segments((5, 17, 1), (5, 17, 1)),
+    "more keys than queries": Segments((3, 6, 4), (3, 21, 5)),
+    "one query": Segments((1, 1, 2), (1, 9, 12)),
+    "empty segments": Segments((0, 0, 4, 0, 3), (0, 0, 4, 7, 8)),  # the last but one has keys that no query sees
+    "empty segments last": Segments((3, 0, 0), (8, 7, 0)),
+    "longer than a kernel's tile": Segments((70, 3), (150, 140)),
+}
+HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key/value heads
+HEAD_DIM = 32
+Backend = Literal["auto", "flash", "cpu"]
 
 
-def _by_definition(q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor) -> torch.Tensor:
-    """A T x T mask in float64: same document, and not later."""
-    group = q_TNH.shape[1] // k_TGH.shape[1]
-    q, k, v = q_TNH.double(), k_TGH.double().repeat_interleave(group, 1), v_TGH.double().repeat_interleave(group, 1)
-    document_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).to(q.device)
-    position_T = torch.arange(len(q), device=q.device)
-    allowed_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
-    scores_NTT = torch.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
-    weights_NTT = scores_NTT.masked_fill(~allowed_TT, -torch.inf).softmax(-1)
-    return torch.einsum("nts,snh->tnh", weights_NTT, v)
+def random_inputs(
+    num_queries: int, num_keys: int, num_heads: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """Queries, keys and values that want gradients; the same numbers on every device."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_queries, num_heads[0]), (num_keys, num_heads[1]), (num_keys, num_heads[1])]
+    made = [torch.randn(*shape, HEAD_DIM, generator=generator) for shape in shapes]
+    return [x.to(device, dtype).requires_grad_() for x in made]
 
 
-def _assert_equal_to_definition(inputs: list[torch.Tensor], tolerance: float) -> None:
-    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=inputs[0].device)
-    q_TNH, k_TGH, v_TGH = inputs
-    got = varlen_attention(q_TNH, k_TGH, v_TGH, cu_seqlens, max(LENGTHS))
-    assert got.dtype == inputs[0].dtype
-    want = _by_definition(q_TNH, k_TGH, v_TGH)
-    weight = torch.randn_like(want)
-    got_gradients = torch.autograd.grad((got.double() * weight).sum(), inputs)
-    want_gradients = torch.autograd.grad((want * weight).sum(), inputs)
-    for one, other in zip([got, *got_gradients], [want, *want_gradients], strict=True):
-        error = (one.double() - other.double()).norm() / other.double().norm()
-        assert error < tolerance
+def attend(
+    q_QNH: torch.Tensor, k_KGH: torch.Tensor, v_KGH: torch.Tensor, segments: Segments, backend: Backend
+) -> torch.Tensor:
+    """`varlen_attention`, with the segments in the form it wants."""
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor([0, *lengths]).cumsum(0).to(q_QNH.device, torch.int32) for lengths in segments
+    )
+    max_q, max_k = max(segments.num_queries), max(segments.num_keys)
+    return varlen_attention(q_QNH, k_KGH, v_KGH, cu_seqlens_q, cu_seqlens_k, max_q, max_k, backend)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def by_definition(
+    q_QNH: torch.Tensor, k_KGH: torch.Tensor, v_KGH: torch.Tensor, allowed_QK: torch.Tensor
+) -> torch.Tensor:
+    """Softmax over the allowed keys, in float64 on the CPU."""
+    group = q_QNH.shape[1] // k_KGH.shape[1]
+    q, k, v = (x.cpu().double() for x in (q_QNH, k_KGH, v_KGH))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores_NQK = torch.einsum("qnh,knh->nqk", q, k) / HEAD_DIM**0.5
+    return torch.einsum("nqk,knh->qnh", scores_NQK.masked_fill(~allowed_QK, -torch.inf).softmax(-1), v)
+
+
+def allowed_keys(segments: Segments) -> torch.Tensor:
+    """bool [Q, K]: a segment's last query sees all of its keys, each query before it one key less."""
+    blocks = []
+    for num_queries, num_keys in zip(*segments, strict=True):
+        num_later_QK = torch.arange(num_queries - 1, -1, -1)[:, None]
+        blocks.append(torch.arange(num_keys) < num_keys - num_later_QK)
+    return torch.block_diag(*blocks).bool()
+
+
+def with_gradients(output_QNH: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output and the gradients of a random weighing of it, in float64 on the CPU."""
+    weight_QNH = torch.randn(output_QNH.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    gradients = torch.autograd.grad((output_QNH.cpu().double() * weight_QNH).sum(), inputs)
+    return [x.detach().cpu().double() for x in (output_QNH, *gradients)]
+
+
+def assert_near(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float) -> None:
+    """Each tensor by itself, norm-wise and relative."""
+    for name, one, other in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        assert one.shape == other.shape
+        error = ((one - other).norm() / other.norm()).item()
+        assert error < tolerance, f"{name} is {error:.1e} off"
+
+
+@pytest.mark.parametrize("num_heads", HEADS)
+@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS.keys())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 def test_the_cpu_backend_equals_the_definition(
-    num_heads: int, num_kv_heads: int, dtype: torch.dtype, tolerance: float
+    segments: Segments, num_heads: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
-    _assert_equal_to_definition(_inputs(num_heads, num_kv_heads, dtype, "cpu"), tolerance)
+    inputs = random_inputs(sum(segments.num_queries), sum(segments.num_keys), num_heads, dtype)
+    q_QNH, k_KGH, v_KGH = inputs
+    got_QNH = attend(q_QNH, k_KGH, v_KGH, segments, "cpu")
+    assert got_QNH.dtype == dtype
+    want_QNH = by_definition(q_QNH, k_KGH, v_KGH, allowed_keys(segments))
+    assert_near(with_gradients(got_QNH, inputs), with_gradients(want_QNH, inputs), tolerance)
 
 
-def test_nothing_kept_is_nothing_computed() -> None:
-    empty = torch.zeros(0, 2, 32)
-    assert varlen_attention(empty, empty, empty, torch.zeros(4, dtype=torch.int32), 0).shape == (0, 2, 32)
+def test_text_around_a_context_image_sees_exactly_what_comes_before_it() -> None:
+    """Why queries that skip an image are two segments: text of 4, an image of 6 that is keys only, text of 5."""
+    inputs = random_inputs(9, 15, (4, 2), torch.float32)
+    q_QNH, k_KGH, v_KGH = inputs
+    position_Q = torch.tensor([*range(4), *range(10, 15)])
+    want_QNH = by_definition(q_QNH, k_KGH, v_KGH, position_Q[:, None] >= torch.arange(15))
+    keys_of_segments = torch.tensor([*range(4), *range(15)])
+    k, v = k_KGH[keys_of_segments], v_KGH[keys_of_segments]
+    got_QNH = attend(q_QNH, k, v, Segments((4, 5), (4, 15)), "cpu")
+    assert_near(with_gradients(got_QNH, inputs), with_gradients(want_QNH, inputs), 1e-6)
 
 
-@pytest.mark.flash
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2)])
-def test_flash_attn_on_a_gpu_equals_the_definition(num_heads: int, num_kv_heads: int) -> None:
-    if not torch.cuda.is_available() or missing_backend("bf16"):
-        pytest.skip("needs a CUDA device and the flash_attn package")
-    _assert_equal_to_definition(_inputs(num_heads, num_kv_heads, torch.bfloat16, "cuda"), 1e-2)
+@pytest.mark.parametrize("num_keys", [0, 3])
+def test_no_query_is_no_output(num_keys: int) -> None:
+    q_QNH, k_KGH, v_KGH = random_inputs(0, num_keys, (4, 2), torch.bfloat16)
+    got_QNH = attend(q_QNH, k_KGH, v_KGH, Segments((0, 0), (0, num_keys)), "cpu")
+    assert (got_QNH.shape, got_QNH.dtype) == ((0, 4, HEAD_DIM), torch.bfloat16)
 
 
-def test_a_cpu_needs_no_other_backend() -> None:
-    assert torch.cuda.is_available() or missing_backend("fp32") is None
+def test_tensors_on_a_cpu_use_the_cpu_backend_unasked() -> None:
+    segments = PACKS["more keys than queries"]
+    inputs = random_inputs(sum(segments.num_queries), sum(segments.num_keys), (4, 2), torch.float32)
+    q_QNH, k_KGH, v_KGH = inputs
+    named = attend(q_QNH, k_KGH, v_KGH, segments, "cpu")
+    assert torch.equal(attend(q_QNH, k_KGH, v_KGH, segments, "auto"), named)
+
+
+def test_a_cpu_lacks_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert missing_backend("fp32") is None
+    assert missing_backend("bf16") is None
+
+
+def test_a_gpu_lacks_flash_attn_or_a_kernel_for_fp32_and_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'uvlm[gpu]'" in (missing_backend("bf16") or "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert missing_backend("bf16") is None
+    assert "set dtype=bf16" in (missing_backend("fp32") or "")

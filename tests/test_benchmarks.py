@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,35 @@ def test_a_worker_holds_no_more_memory_after_a_hundred_thousand_documents() -> N
     assert result["documents"] >= 100_000
     assert result["flat"] is True
     assert abs(result["growth"]) <= 0.05
+
+
+def test_the_token_roles_benchmark_refuses_a_policy_that_it_does_not_have() -> None:
+    command = [sys.executable, str(BENCHMARKS / "token_roles.py"), "--policy=himx"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY)
+    assert result.returncode == 2
+    assert "himix_hmgen" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_token_roles_benchmark_runs_every_policy_and_ends_with_its_ratios() -> None:
+    result = json.loads(run("token_roles.py", "--quick", "--rounds=1", timeout=900).splitlines()[-1])
+    by_policy = ("efficiency", "time_ratio", "flop_ratio", "memory_ratio", "step_ratio")
+    policies = set(result["flop_ratio"])
+    assert {
+        "himix_hmgen",
+        "himix",
+        "hmgen",
+        "pyramid_random",
+        "pyramid_score",
+        "route",
+        "freeze",
+        "ffn_skip",
+    } == policies
+    for name in by_policy:
+        assert set(result[name]) == policies, name
+        assert all(math.isfinite(value) for value in result[name].values()), name
+    assert all(0 < ratio < 1 for ratio in result["flop_ratio"].values())
+    assert all(0 < ratio < 1 for ratio in result["memory_ratio"].values())
+    assert 0 < result["dense_overhead"] < 1
+    median, low, high = result["packed_to_plain"]
+    assert 0 < low <= median <= high < math.inf

@@ -28,7 +28,7 @@ def test_sources_may_be_urls_with_weights_that_change(tmp_path: Path) -> None:
 def test_overrides_win_and_are_yaml() -> None:
     config = load_config(Path("demo"), ["optim.steps=7", "policy={name: route, first_layer: 1, last_layer: 2}"])
     assert config.optim.steps == 7
-    assert config.policy.name == "route"
+    assert config.policy.input.name == config.policy.target.name == "route"
 
 
 @pytest.mark.parametrize(
@@ -36,13 +36,21 @@ def test_overrides_win_and_are_yaml() -> None:
     [
         ("optim.learning_rat=1", "unknown key 'optim.learning_rat'; the nearest known one is 'optim.learning_rate'"),
         ("modle=1", "unknown key 'modle'; the nearest known one is 'model'"),
-        ("policy.keep=1", "unknown key 'policy.keep'; the nearest known one is 'policy."),
+        ("policy.kep=1", "unknown key 'policy.kep'; the nearest known one is 'policy."),
+        (
+            "policy={input: {name: route, kep: 1}}",
+            "unknown key 'policy.input.kep'; the nearest known one is 'policy.input.keep'",
+        ),
+        ("policy={name: freeze, frist_layer: 1}", "the nearest known one is 'policy.first_layer'"),
         ("data.train=[{path: a, wieght: 2}]", "the nearest known one is 'data.train.0.weight'"),
         ("optim.steps=0", "optim.steps=0: input should be greater than 0"),
         ("data.train=[{path: a, weight: much}]", "data.train.0.weight='much': input should be a valid number"),
-        ("policy={name: rout}", "policy.name must be one of dense, route"),
-        ("policy={name: route, first_layer: 1, last_layer: 9}", "policy.last_layer=9 is outside a model of 4 layers"),
-        ("policy={name: route, first_layer: 1, last_layer: 2, keep_input: 1.5}", "policy.keep_input=1.5"),
+        ("policy={name: rout}", "policy.name must be one of dense, ffn_skip, freeze, himix, hmgen, pyramid, route"),
+        (
+            "policy={name: route, first_layer: 1, last_layer: 9}",
+            "policy.input.last_layer=9 is outside a model of 4 layers",
+        ),
+        ("policy={name: route, first_layer: 1, last_layer: 2, keep: 1.5}", "policy.keep=1.5: input should be less"),
         ("loss.weights={undrstand: 1}", "there is no task 'undrstand'"),
         ("optim.steps", "is not of the form key=value"),
         ("optim=3", "optim=3: "),

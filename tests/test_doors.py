@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # package that is imported -> the only file that may; tests are held to nothing
-DOORS = {"deepspeed": "uvlm/engine.py", "flash_attn": "uvlm/attention.py"}
+DOORS = {"deepspeed": "uvlm/engine.py", "flash_attn": "uvlm/attention.py", "liger_kernel": "uvlm/backbone.py"}
 
 
 def imported_packages(source: str) -> set[str]:

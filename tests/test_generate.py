@@ -12,9 +12,11 @@ from data_pipeline.packing import make_pack
 from data_pipeline.vocab import Vocab
 from tests.corpus import write_corpus
 from tests.test_schema import make_document
+from uvlm import generate
+from uvlm.backbone import ModelConfig, build_backbone
 from uvlm.generate import Generator
-from uvlm.model import ModelConfig, UnifiedVLM, build_backbone
-from uvlm.policies import Dense
+from uvlm.model import UnifiedVLM
+from uvlm.policies import HMGen, Policy
 from uvlm.token_plan import TokenPlan
 
 
@@ -26,15 +28,18 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     config = ModelConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_layers=2,
+        num_layers=3,
         num_heads=2,
         num_kv_heads=1,
         head_dim=16,
         tie_embeddings=False,
     )
-    model = build_backbone(config, vocab.size)
-    torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # spread, so that the likeliest code stands out
-    return Generator(model.eval(), vocab, tokenizer)
+    policy = Policy(target=HMGen(num_shallow=1), target_projections="qkv")
+    model = UnifiedVLM(build_backbone(config, vocab.size), policy)
+    for projection in model.image_projections.parameters():
+        torch.nn.init.normal_(projection, std=0.3)
+    torch.nn.init.normal_(model.backbone.lm_head.weight, std=0.3)  # spread, so that the likeliest code stands out
+    return Generator(model.eval(), vocab, tokenizer, policy)
 
 
 def test_the_codes_drawn_at_temperature_zero_are_the_likeliest_of_the_packed_forward_pass(
@@ -55,8 +60,8 @@ def test_the_codes_drawn_at_temperature_zero_are_the_likeliest_of_the_packed_for
     encoded = encode(document, generator.vocab)
     assert isinstance(encoded, Encoded)
     pack = make_pack([encoded], 64, generator.vocab.pad, (0, 0))
-    model = UnifiedVLM(generator.model)
-    logits = model(pack, TokenPlan.of(pack, Dense(), model.num_layers))
+    model = generator.model
+    logits = model.logits(pack, TokenPlan.of(pack, generator.policy, model.num_layers))
     first = generator.vocab.first_code
     likeliest = logits[1:-1, first:].argmax(-1)  # the first and last label are the markers
     assert likeliest.tolist() == codes.flatten().tolist()
@@ -91,20 +96,29 @@ def test_an_answer_is_text_even_where_the_likeliest_token_is_a_code(
 ) -> None:
     vocab = generator.vocab
     answer = [*vocab.encode_text(" blue"), vocab.end]
-    asked: list[torch.Tensor] = []
+    asked: list[Encoded] = []
 
-    def scripted(ids: torch.Tensor, cache: object) -> torch.Tensor:
-        asked.append(ids)
-        logits = torch.zeros(1, vocab.size)
-        logits[0, answer[len(asked) - 1]] = 1.0
-        logits[0, vocab.first_code] = 2.0  # likelier than any text
-        return logits
+    class Scripted:
+        def __init__(self, model: UnifiedVLM, policy: Policy, prompts: list[Encoded]) -> None:
+            asked.extend(prompts)
+            self.num_tokens = 0
 
-    monkeypatch.setattr(generator, "_logits", scripted)
+        @property
+        def logits_BV(self) -> torch.Tensor:
+            logits = torch.zeros(1, vocab.size)
+            logits[0, answer[self.num_tokens]] = 1.0
+            logits[0, vocab.first_code] = 2.0  # likelier than any text
+            return logits
+
+        def step(self, ids_B: torch.Tensor) -> None:
+            assert ids_B.tolist() == [answer[self.num_tokens]]
+            self.num_tokens += 1
+
+    monkeypatch.setattr(generate, "Decoder", Scripted)
     image = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(image, "PNG")
     assert generator.answer(image.getvalue(), "what color is it?") == "blue"
-    prompt = asked[0][0].tolist()
+    prompt = asked[0].ids.tolist()
     assert prompt[0] == vocab.bos
     assert prompt[1] == vocab.image_start
     assert vocab.decode_text(prompt) == "what color is it?"

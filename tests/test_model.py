@@ -1,24 +1,27 @@
-"""The packed forward pass: equal to transformers' own, document by document, and to roles applied by definition."""
+"""The packed forward pass: equal to transformers' own model, document by document, and exported as one.
 
-from typing import Literal
+That roles are applied as defined is held by test_roles.py.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from data_pipeline.packing import Pack
-from tests.helpers import mixed_pack, tiny_model
-from uvlm.model import ModelConfig, UnifiedVLM, build_backbone
-from uvlm.policies import Dense, Policy, Route
+from tests.helpers import VOCAB_SIZE, mixed_pack, tiny_model
+from uvlm.backbone import Family, ModelConfig, build_backbone
+from uvlm.model import UnifiedVLM
+from uvlm.policies import Policy
 from uvlm.token_plan import TokenPlan
-
-ROUTE = Route(first_layer=1, last_layer=2, keep_input=0.5, keep_target=0.25)
 
 
 def _bounds(pack: Pack) -> list[tuple[int, int]]:
     return list(zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True))
 
 
-def _gradients(model: UnifiedVLM) -> dict[str, torch.Tensor]:
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -27,102 +30,108 @@ def _assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert error < 1e-5, error
 
 
+def _dense_plan(model: UnifiedVLM, pack: Pack) -> TokenPlan:
+    return TokenPlan.of(pack, Policy(), model.num_layers)
+
+
+def _assert_equal_to_transformers(model: UnifiedVLM, theirs: torch.nn.Module, pack: Pack) -> None:
+    got = model.logits(pack, _dense_plan(model, pack))
+    weight = torch.randn_like(got)
+    model.zero_grad()
+    (got * weight).sum().backward()
+    rows = [theirs(input_ids=pack.ids[a:b][None]).logits[0] for a, b in _bounds(pack)]
+    want = torch.cat(rows)[pack.labels != -100]
+    theirs.zero_grad()
+    (want * weight).sum().backward()
+    _assert_close(got, want)
+    got_gradients, want_gradients = _gradients(model.backbone), _gradients(theirs)
+    assert got_gradients.keys() == want_gradients.keys()
+    for name, want_gradient in want_gradients.items():
+        _assert_close(got_gradients[name], want_gradient)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_dense_logits_and_gradients_equal_transformers_own_model(
-    family: Literal["llama", "qwen2", "qwen3"], tie_embeddings: bool
+def test_dense_logits_and_gradients_equal_transformers_own_model_and_survive_its_folder(
+    family: Family, tie_embeddings: bool, tmp_path: Path
 ) -> None:
+    torch.manual_seed(3)
     model, pack = tiny_model(family, tie_embeddings=tie_embeddings), mixed_pack()
-    got = model(pack, TokenPlan.of(pack, Dense(), model.num_layers))
-    weight = torch.randn_like(got)
-    (got * weight).sum().backward()
-    got_gradients = _gradients(model)
-
-    model.zero_grad()
-    rows = [model.backbone(input_ids=pack.ids[a:b][None]).logits[0] for a, b in _bounds(pack)]
-    want = torch.cat(rows)[pack.labels != -100]
-    (want * weight).sum().backward()
-    _assert_close(got, want)
-    for name, want_gradient in _gradients(model).items():
-        _assert_close(got_gradients[name], want_gradient)
+    for parameter in model.parameters():  # norms and biases too, which start as ones and zeros
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.backbone.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs.lm_head) is torch.nn.Linear
+    _assert_equal_to_transformers(model, theirs, pack)
+    from_folder = UnifiedVLM(build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE))
+    _assert_equal_to_transformers(from_folder, theirs, pack)
 
 
-def _routed_by_definition(model: UnifiedVLM, pack: Pack, keep_by_layer: list[torch.Tensor]) -> torch.Tensor:
-    """Each document alone; in each layer only the kept rows run, at their own positions, the rest pass unchanged."""
-    inner = model.backbone.model
-    outputs = []
-    for start, stop in _bounds(pack):
-        hidden = inner.embed_tokens(pack.ids[start:stop])
-        positions = torch.arange(stop - start)
-        for layer, keep in zip(inner.layers, keep_by_layer, strict=True):
-            rows = torch.nonzero(keep[start:stop]).flatten()
-            if len(rows):
-                tables = inner.rotary_emb(hidden, positions[rows][None])
-                causal = torch.full((len(rows), len(rows)), -torch.inf).triu(1)[None, None]
-                out = layer(hidden[rows][None], attention_mask=causal, position_embeddings=tables)[0]
-                hidden = hidden.clone()
-                hidden[rows] = out
-        outputs.append(inner.norm(hidden))
-    return model.backbone.lm_head(torch.cat(outputs)[pack.labels != -100])
+def test_a_rotation_that_is_scaled_in_the_pretrained_folder_stays_scaled(tmp_path: Path) -> None:
+    backbone = tiny_model("llama").backbone
+    backbone.config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    }
+    backbone.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = UnifiedVLM(build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE))
+    _assert_equal_to_transformers(model, theirs, mixed_pack())
+    plain = UnifiedVLM(backbone).logits(mixed_pack(), _dense_plan(model, mixed_pack()))
+    scaled = model.logits(mixed_pack(), _dense_plan(model, mixed_pack()))
+    assert (plain - scaled).norm() > 1e-3 * plain.norm(), "the scaling matters here"
 
 
-def test_route_equals_roles_applied_by_definition() -> None:
-    model, pack = tiny_model(), mixed_pack()
-    plan = TokenPlan.of(pack, ROUTE, model.num_layers, seed=5)
-    keep_by_layer = []
-    for span in plan.spans:
-        keep = torch.ones(len(pack.ids), dtype=torch.bool)
-        if span.kept is not None:
-            keep[:] = False
-            keep[span.kept] = True
-        keep_by_layer += [keep] * (span.stop - span.first)
-    assert sum(int((~keep).sum()) for keep in keep_by_layer) == 2 * (8 + 19)
-
-    got = model(pack, plan)
-    weight = torch.randn_like(got)
-    (got * weight).sum().backward()
-    got_gradients = _gradients(model)
-    model.zero_grad()
-    want = _routed_by_definition(model, pack, keep_by_layer)
-    (want * weight).sum().backward()
-    _assert_close(got, want)
-    for name, want_gradient in _gradients(model).items():
-        _assert_close(got_gradients[name], want_gradient)
+def test_a_pretrained_vocabulary_grows_at_its_end_and_old_words_keep_their_rows(tmp_path: Path) -> None:
+    for tie_embeddings in (True, False):
+        folder = tmp_path / str(tie_embeddings)
+        tiny_model("qwen2", tie_embeddings=tie_embeddings).backbone.save_pretrained(folder)
+        before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = ModelConfig.model_validate({"pretrained": folder})
+        grown = build_backbone(config, VOCAB_SIZE + 11)
+        assert grown.config.vocab_size == VOCAB_SIZE + 11
+        for name in ("model.embed_tokens", "lm_head"):
+            weight = grown.get_submodule(name).weight
+            assert weight.shape[0] == VOCAB_SIZE + 11
+            assert torch.equal(weight[:VOCAB_SIZE], before.get_submodule(name).weight)
+        assert (grown.lm_head.weight is grown.model.embed_tokens.weight) == tie_embeddings
+        assert build_backbone(config, VOCAB_SIZE - 5).config.vocab_size == VOCAB_SIZE, "it never shrinks"
 
 
-@pytest.mark.parametrize("policy", [Dense(), ROUTE], ids=lambda policy: policy.name)
-def test_no_token_changes_a_prediction_before_it_or_in_another_document(policy: Policy) -> None:
-    model, pack = tiny_model(), mixed_pack()
-    plan = TokenPlan.of(pack, policy, model.num_layers)
-    before = model(pack, plan)
-    supervised = torch.nonzero(pack.labels != -100).flatten()
-    for changed in range(0, int(pack.cu_seqlens[-2]), 7):
-        other = mixed_pack()
-        other.ids[changed] = (other.ids[changed] + 1) % 97
-        stop = int(pack.cu_seqlens[torch.searchsorted(pack.cu_seqlens, changed, right=True)])
-        unaffected = (supervised < changed) | (supervised >= stop)
-        assert torch.equal(model(other, plan)[unaffected], before[unaffected])
-
-
-def test_route_that_keeps_all_is_dense_bit_for_bit() -> None:
-    model, pack = tiny_model(), mixed_pack()
-    keep_all = Route(first_layer=1, last_layer=2, keep_input=1.0, keep_target=1.0)
-    got = model(pack, TokenPlan.of(pack, keep_all, model.num_layers))
-    assert torch.equal(got, model(pack, TokenPlan.of(pack, Dense(), model.num_layers)))
+def test_sizes_are_read_from_the_pretrained_folder_and_a_contradiction_names_both(tmp_path: Path) -> None:
+    tiny_model("llama", num_layers=3).backbone.save_pretrained(tmp_path)
+    config = ModelConfig.model_validate({"pretrained": str(tmp_path)})
+    assert (config.family, config.num_layers, config.hidden_size, config.head_dim) == ("llama", 3, 32, 8)
+    assert config.tie_embeddings is False
+    with pytest.raises(ValueError, match=r"num_layers=5, but .* has 3; remove num_layers"):
+        ModelConfig.model_validate({"pretrained": str(tmp_path), "num_layers": 5})
+    resolved = config.model_dump(mode="json")
+    (tmp_path / "config.json").rename(tmp_path / "gone.json")
+    assert ModelConfig.model_validate(resolved) == config, "a finished run is readable without its starting point"
+    with pytest.raises(ValueError, match=r"has no config.json; give the folder"):
+        ModelConfig.model_validate({"pretrained": str(tmp_path)})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"is not that of a Hugging Face language model"):
+        ModelConfig.model_validate({"pretrained": str(tmp_path)})
 
 
 def test_every_weight_gets_a_gradient_from_a_pack_without_supervision() -> None:
     model, pack = tiny_model(), mixed_pack()
     pack.labels[:] = -100
-    logits = model(pack, TokenPlan.of(pack, ROUTE, model.num_layers))
-    assert logits.shape == (0, 97)
-    logits.sum().backward()
+    loss, nll = model(pack, _dense_plan(model, pack), torch.zeros(0))
+    assert nll.shape == (0,)
+    assert loss == 0
+    loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_fresh_model_predicts_the_uniform_distribution() -> None:
     model, pack = tiny_model(), mixed_pack()
-    logits = model(pack, TokenPlan.of(pack, Dense(), model.num_layers))
+    logits = model.logits(pack, _dense_plan(model, pack))
     loss = torch.nn.functional.cross_entropy(logits, pack.labels[pack.labels != -100])
     assert abs(loss.item() / torch.tensor(97.0).log().item() - 1) < 0.05
 

@@ -18,11 +18,12 @@ from data_pipeline.loader import Loader
 from data_pipeline.schema import TASKS
 from data_pipeline.vocab import Vocab
 from tests.corpus import launch, uvlm, write_corpus
+from uvlm.backbone import build_backbone
 from uvlm.checkpoint import complete
 from uvlm.config import Config, load_config
 from uvlm.losses import by_task, task_counts, task_ids, task_scales, task_sums
 from uvlm.metrics import read_records
-from uvlm.model import UnifiedVLM, build_backbone
+from uvlm.model import UnifiedVLM
 from uvlm.optim import learning_rate, parameter_groups
 from uvlm.token_plan import TokenPlan
 
@@ -96,14 +97,16 @@ def _plain_loop(config: Config) -> Iterator[dict[str, float]]:
         sums = torch.zeros(len(TASKS))
         for pack in packs:
             plan = TokenPlan.of(pack, config.policy, config.model.num_layers, config.seed)
-            sums = sums + task_sums(model(pack, plan), pack.labels[plan.supervised], task_ids(pack))
-        (sums * task_scales(counts, config.loss.weights, num_micro_batches=1)).sum().backward()
+            ids = task_ids(pack)
+            loss, nll = model(pack, plan, task_scales(counts, config.loss.weights, num_micro_batches=1)[ids])
+            loss.backward()
+            sums += task_sums(nll, ids)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clipping).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, step)
         optimizer.step()
         optimizer.zero_grad()
-        losses = by_task(sums.detach() / counts.clamp(min=1), counts)
+        losses = by_task(sums / counts.clamp(min=1), counts)
         yield {**{f"loss/{task}": loss for task, loss in losses.items()}, "optim/gradient_norm": norm}
 
 
@@ -146,13 +149,14 @@ def test_tensorboard_has_losses_rate_speed_roles_validation_and_pictures(two_ran
         "loss/generate",
         "optim/learning_rate",
         "speed/tokens_per_second",
-        "roles/kept_share",
-        "roles/image_kept_share",
+        "roles/query_share",
+        "roles/image_query_share",
+        "roles/flop_share",
         "valid/understand",
     }
     assert "generated" in board.Tags()["images"]
     # Half of the image tokens are left out in one of three layers.
-    assert board.Scalars("roles/image_kept_share")[0].value == pytest.approx(5 / 6)
+    assert board.Scalars("roles/image_query_share")[0].value == pytest.approx(5 / 6)
 
 
 def test_the_run_folder_holds_what_the_run_was_made_from(two_ranks: Path) -> None:

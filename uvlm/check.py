@@ -12,9 +12,10 @@ from data_pipeline.sources import open_sources
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint
 from uvlm.attention import missing_backend
+from uvlm.backbone import build_backbone
 from uvlm.config import Config
 from uvlm.engine import compiler_missing, read_deepspeed_json, resolve, zero_stage
-from uvlm.model import build_backbone
+from uvlm.model import UnifiedVLM
 
 # Weights in training dtype, and in fp32 the master copy and two Adam moments.
 _CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
@@ -62,7 +63,8 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
 
 def _check_disk(config: Config, vocab_size: int) -> None:
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in build_backbone(config.model, vocab_size).parameters())
+        model = UnifiedVLM(build_backbone(config.model, vocab_size), config.policy)
+        num_parameters = sum(p.numel() for p in model.parameters())
     # One more than are kept, since the new one is complete before the oldest goes; and the exported model.
     needed = num_parameters * (_CHECKPOINT_BYTES[config.dtype] * (config.checkpoint.keep + 1) + 4)
     written = [*(config.run / "checkpoints").rglob("*"), *(config.run / "model").rglob("*")]

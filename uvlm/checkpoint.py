@@ -150,4 +150,5 @@ def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         values[key] = value
-    return values
+    own = config.policy.own_projections(config.model.num_layers)
+    return {**values, "policy (projections of images, by layer)": own}

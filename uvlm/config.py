@@ -17,12 +17,15 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from data_pipeline.schema import TASKS
 from data_pipeline.sources import OverLong, Source
-from uvlm.model import ModelConfig
+from uvlm.backbone import ModelConfig
 from uvlm.optim import OptimConfig
-from uvlm.policies import Dense, Policy
+from uvlm.policies import AnyImagePolicy, ImagePolicy, Policy, expand
+from uvlm.policies.ratio import FORMS
 from uvlm.strict import Strict
 
-_POLICIES: dict[str, type[Strict]] = {kind.model_fields["name"].default: kind for kind in get_args(get_args(Policy)[0])}
+_POLICIES: dict[str, type[ImagePolicy]] = {
+    kind.model_fields["name"].default: kind for kind in get_args(get_args(AnyImagePolicy)[0])
+}
 SHIPPED = Path(__file__).parent / "configs"
 
 
@@ -85,10 +88,13 @@ class Config(Strict):
     seed: int = Field(default=0, ge=0)
     model: ModelConfig
     data: DataConfig
-    policy: Policy = Dense()
+    policy: Policy = Policy()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
     dtype: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations that the backward pass computes again to save memory"
+    )
     deepspeed: DeepSpeedJson = Field(default=Path("zero3.json"), description="a path, or a name in ds_configs/")
     checkpoint: CheckpointConfig
     validation: ValidationConfig = ValidationConfig()
@@ -124,10 +130,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Check a tree of plain values; ValueError with one sentence per mistake."""
+    is_for_both = isinstance(policy := tree.get("policy"), dict) and "name" in policy
+    if is_for_both:
+        tree = {**tree, "policy": expand(tree["policy"])}
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_sentence(tree, dict(item)) for item in error.errors())) from None
+        sentences = [_sentence(tree, dict(item)) for item in error.errors()]
+        if is_for_both:  # the user wrote it once
+            sentences = [s.replace("policy.input.", "policy.").replace("policy.target.", "policy.") for s in sentences]
+        raise ValueError("; ".join(dict.fromkeys(sentences))) from None
     config.policy.check(config.model.num_layers)
     return config
 
@@ -155,9 +167,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
     """One pydantic error as a sentence with a remedy."""
     path = list(error["loc"])
-    if path[:1] == ["policy"]:
-        path = [part for part in path if part not in _POLICIES]  # pydantic names the chosen branch of the union too
-    path = [part for part in path if part not in ("float", "dict[int,float]")]  # and the branches of a weight
+    # pydantic names the chosen branch of a union too: of a policy, of a ratio, of a weight.
+    branches = {*_POLICIES, *FORMS} if path[:1] == ["policy"] else {"float", "dict[int,float]"}
+    path = [part for part in path if part not in branches]
     name = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], tree)
@@ -167,7 +179,8 @@ def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
         return f"the key {name!r} is missing; add it to the YAML or give {name}=VALUE"
     if error["type"].startswith("union_tag"):
         return f"{name}.name must be one of {', '.join(_POLICIES)}"
-    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}={error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(path: Sequence[Any], tree: Any) -> list[str]:
@@ -177,7 +190,7 @@ def _known_keys(path: Sequence[Any], tree: Any) -> list[str]:
         tree = tree[part]
         if isinstance(part, int):
             continue
-        if part == "policy":
+        if part in ("input", "target"):
             model = _POLICIES[tree["name"]]
             continue
         annotation = model.model_fields[part].annotation

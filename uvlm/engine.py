@@ -23,12 +23,13 @@ from typing import Any
 import torch
 import torch._dynamo  # importing it later, inside zero.Init, fails
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.packing import Pack
 from uvlm.config import Config
 from uvlm.distributed import be_alone_unless_launched, world
+from uvlm.flops import Widths
 from uvlm.model import UnifiedVLM
 from uvlm.optim import parameter_groups
 from uvlm.token_plan import TokenPlan
@@ -196,15 +197,17 @@ class Engine:
 
         self._deepspeed = deepspeed
         self._hf_config = model.backbone.config
+        self._policy = config.policy
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=parameter_groups(model, config.optim), config=deepspeed_config
             )
         self.device: torch.device = self._engine.device
+        self.widths = Widths.of(model.backbone.config)
 
-    def __call__(self, pack: Pack, plan: TokenPlan) -> torch.Tensor:
-        """Logits at supervised positions, [S, V]; pack and plan lie on the engine's device."""
-        return self._engine(pack, plan)
+    def __call__(self, pack: Pack, plan: TokenPlan, weights_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`UnifiedVLM.forward`: the weighted loss and nll_S; all arguments lie on the engine's device."""
+        return self._engine(pack, plan, weights_S)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -246,24 +249,24 @@ class Engine:
         if loaded is None:
             raise ValueError(f"{folder / tag} lacks files; {remedy}")
 
-    def snapshot(self) -> PreTrainedModel | None:
-        """The trained weights as a plain model in their training dtype, on rank 0; None elsewhere. All ranks call it.
+    def snapshot(self) -> UnifiedVLM | None:
+        """The trained weights in a model without DeepSpeed, in their training dtype, on rank 0; None elsewhere. All
+        ranks call it.
 
         One parameter at a time is gathered, so no rank but 0 ever holds more than its shard and that one.
         """
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in self._engine.module.backbone.named_parameters():
+        for name, parameter in self._engine.module.named_parameters():
             with self._deepspeed.zero.GatheredParameters([parameter]):
                 if dist.get_rank() == 0:
                     state[name] = parameter.detach().to("cpu", copy=True)
         if dist.get_rank() != 0:
             return None
         dtype = next(iter(state.values())).dtype
-        model = AutoModelForCausalLM.from_config(self._hf_config, dtype=dtype)
+        model = UnifiedVLM(AutoModelForCausalLM.from_config(self._hf_config, dtype=dtype), self._policy)
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected, unexpected
-        assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embedding
-        model.tie_weights()
+        assert set(missing) <= {"backbone.lm_head.weight"}, missing  # tied to the embedding
         return model.eval()
 
 

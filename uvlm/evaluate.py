@@ -20,7 +20,7 @@ from data_pipeline.split import Split
 from data_pipeline.vocab import Vocab
 from uvlm.metrics import update_summary
 from uvlm.model import UnifiedVLM
-from uvlm.policies import Dense
+from uvlm.policies import Policy
 from uvlm.run_folder import load_model, read_config
 from uvlm.token_plan import TokenPlan
 
@@ -37,10 +37,10 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
     config = read_config(run)
     vocab = Vocab.load(config.data.tokenizer)
     split = Split.open(shards, image_tokenizer=vocab.image_tokenizer, images=False)
-    model = UnifiedVLM(load_model(run, vocab))
+    model = load_model(run, vocab)
     num_right, num_asked, num_read = 0, 0, 0
     for pack in _packs(split, vocab, config.data.pack_tokens):
-        right = documents_right(model, pack)
+        right = documents_right(model, pack, config.policy.at_inference())
         num_right += sum(right)
         num_asked += len(right)
         num_read += sum(1 for name in pack.doc_id if name)
@@ -61,11 +61,11 @@ def evaluate(run: Path, shards: Path, progress: Callable[[str, int, int], None] 
 
 
 @torch.inference_mode()
-def documents_right(model: UnifiedVLM, pack: Pack) -> list[bool]:
+def documents_right(model: UnifiedVLM, pack: Pack, policy: Policy) -> list[bool]:
     """For each document of the pack that has supervised tokens: whether all of them are the model's first choice."""
     device = next(model.parameters()).device
-    plan = TokenPlan.of(pack, Dense(), model.num_layers)
-    first_choice_S = model(pack.to(device), plan.to(device)).argmax(dim=-1).cpu()
+    plan = TokenPlan.of(pack, policy, model.num_layers, progress=1.0)
+    first_choice_S = model.logits(pack.to(device), plan.to(device)).argmax(dim=-1).cpu()
     is_wrong_S = (first_choice_S != pack.labels[plan.supervised]).float()
     document_S = torch.arange(len(pack.doc_task)).repeat_interleave(pack.cu_seqlens.diff())[plan.supervised]
     num_wrong = torch.zeros(len(pack.doc_task)).index_add(0, document_S, is_wrong_S)

@@ -3,7 +3,7 @@
 ZeRO averages gradients over ranks and DeepSpeed divides by the accumulation steps, so both factors are put back here.
 Then the gradients of any split over ranks and micro-steps equal those of one process that holds all packs.
 
-Legend: S supervised tokens of a micro-step, V vocabulary, K = len(TASKS).
+Legend: S supervised tokens of a micro-step, K = len(TASKS).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the field's name for it
 
 from data_pipeline.encode import IGNORED
 from data_pipeline.packing import Pack
@@ -32,14 +31,13 @@ def task_counts(packs: list[Pack]) -> torch.Tensor:
     return counts_K
 
 
-def task_sums(logits_SV: torch.Tensor, labels_S: torch.Tensor, task_ids_S: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, in fp32, summed by task: fp32 [K]. With S = 0 it is zero and still has a graph."""
-    nll_S = F.cross_entropy(logits_SV.float(), labels_S, reduction="none")
+def task_sums(nll_S: torch.Tensor, task_ids_S: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods, fp32, summed by task: fp32 [K]."""
     return torch.zeros(len(TASKS), device=nll_S.device).index_add(0, task_ids_S, nll_S)
 
 
 def task_scales(counts_K: torch.Tensor, weights: Mapping[str, float], num_micro_batches: int) -> torch.Tensor:
-    """What to multiply the task sums of one micro-step with before the engine's backward: fp32 [K].
+    """What to multiply the loss of each task's tokens with before the engine's backward: fp32 [K].
 
     Args:
         counts_K: supervised tokens by task over all ranks and micro-steps of this step, on any device.

@@ -24,15 +24,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.files import replace_file
 from data_pipeline.vocab import Vocab
 from uvlm.config import Config, dump_config, load_config
 from uvlm.metrics import median_of, read_records, update_summary
+from uvlm.model import UnifiedVLM
 
 _LOCK_SECONDS = 30
+IMAGE_PROJECTIONS = "image_projections.safetensors"
 
 
 def prepare(config: Config, deepspeed_config: dict[str, Any]) -> None:
@@ -94,7 +97,7 @@ def model_folder(run: Path) -> Path:
     return folder
 
 
-def load_model(run: Path, vocab: Vocab) -> PreTrainedModel:
+def load_model(run: Path, vocab: Vocab) -> UnifiedVLM:
     """The trained model of a run, in evaluation mode, on a GPU if there is one. Only safetensors are read.
 
     ValueError where there is none, or where `vocab` is not the vocabulary it was trained with.
@@ -102,31 +105,38 @@ def load_model(run: Path, vocab: Vocab) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     folder = model_folder(run)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
-    except (OSError, SafetensorError) as error:
+        backbone = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        model = UnifiedVLM(backbone, read_config(run).policy)
+        if len(model.image_projections.state_dict()):
+            model.image_projections.load_state_dict(load_file(folder / IMAGE_PROJECTIONS))
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{folder} is damaged ({str(error).splitlines()[0]}); start the training again, which writes the model "
             "from its last checkpoint"
         ) from error
-    trained_with = getattr(model.config, "uvlm_vocabulary", None)
+    trained_with = getattr(backbone.config, "uvlm_vocabulary", None)
     if trained_with != vocab.fingerprint:
         raise ValueError(
             f"{run} was trained with vocabulary {trained_with}, its tokenizer folder now holds {vocab.fingerprint}; "
             "put the old tokenizer back, or train again"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if torch.cuda.is_available():
+        model.to("cuda", torch.bfloat16)  # flash-attn has no kernel for fp32
+    return model.eval()
 
 
-def save_model(config: Config, model: PreTrainedModel, vocab: str) -> None:
-    """RUN/model with weights, config and text tokenizer, whole or not at all.
+def save_model(config: Config, model: UnifiedVLM, vocab: str) -> None:
+    """RUN/model with weights, config and text tokenizer, whole or not at all; image projections in a file of their own.
 
     vocab: fingerprint of the vocabulary, kept in the model's config.
     """
     folder = config.run / "model"
     partial = config.run / ".partial_model"
     shutil.rmtree(partial, ignore_errors=True)
-    model.config.uvlm_vocabulary = vocab
-    model.save_pretrained(partial)
+    model.backbone.config.uvlm_vocabulary = vocab
+    model.backbone.save_pretrained(partial)
+    if projections := model.image_projections.state_dict():
+        save_file(projections, partial / IMAGE_PROJECTIONS)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(config.data.tokenizer / "text" / "tokenizer.json"))
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

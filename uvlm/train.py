@@ -23,14 +23,15 @@ from data_pipeline.schema import TASKS
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint, distributed, run_folder
 from uvlm import engine as deepspeed_engine
+from uvlm.backbone import build_backbone, use_fused_kernels
 from uvlm.check import check
 from uvlm.config import Config, SourceConfig, dump_config
 from uvlm.engine import Engine
+from uvlm.flops import Widths, dense_flops, flops
 from uvlm.losses import by_task, task_counts, task_ids, task_scales, task_sums
 from uvlm.metrics import MetricWriter
-from uvlm.model import UnifiedVLM, build_backbone
+from uvlm.model import UnifiedVLM
 from uvlm.optim import learning_rate
-from uvlm.policies import Dense
 from uvlm.token_plan import TokenPlan
 
 
@@ -42,8 +43,11 @@ class Window:
         self.counts_K = torch.zeros(len(TASKS), dtype=torch.float64)
         self.num_tokens = 0  # of documents; the unused tail of a pack does not count
         self.num_places = 0  # tokens that the packs could hold
-        self.kept: list[float] = []
-        self.image_kept: list[float] = []
+        self.num_packs = 0
+        self.query_shares = 0.0
+        self.image_query_shares = 0.0
+        self.flops = 0
+        self.dense_flops = 0
         self.data_wait = 0.0
         self.started = time.perf_counter()
 
@@ -54,12 +58,15 @@ class Window:
         yield
         self.started += time.perf_counter() - started
 
-    def add(self, pack: Pack, plan: TokenPlan, sums_K: torch.Tensor) -> None:
+    def add(self, pack: Pack, plan: TokenPlan, widths: Widths, sums_K: torch.Tensor) -> None:
         self.nll_K += sums_K.detach()
         self.num_tokens += num_useful_tokens(pack)
         self.num_places += len(pack.ids)
-        self.kept.append(plan.kept_share)
-        self.image_kept.append(plan.image_kept_share)
+        self.num_packs += 1
+        self.query_shares += plan.query_share
+        self.image_query_shares += plan.image_query_share
+        self.flops += flops(plan, widths).total
+        self.dense_flops += dense_flops(plan, widths)
 
     def reduced(self, num_rejected: int) -> dict[str, float]:
         """The record of these steps over all ranks; every rank calls it, with the documents its rows have left out."""
@@ -68,9 +75,11 @@ class Window:
             [
                 self.num_tokens,
                 self.num_places,
-                sum(self.kept),
-                sum(self.image_kept),
-                len(self.kept),
+                self.query_shares,
+                self.image_query_shares,
+                self.num_packs,
+                self.flops,
+                self.dense_flops,
                 self.data_wait,
                 num_rejected,
             ],
@@ -80,13 +89,14 @@ class Window:
         dist.all_reduce(totals)
         num_tasks = len(TASKS)
         nll_K, counts_K, rest = totals.cpu().split([num_tasks, num_tasks, len(sums)])
-        num_tokens, num_places, kept, image_kept, num_packs, data_wait, all_rejected = rest.tolist()
+        num_tokens, num_places, queries, image_queries, num_packs, spent, dense, data_wait, all_rejected = rest.tolist()
         losses = by_task(nll_K / counts_K.clamp(min=1), counts_K)
         return {
             "loss/mean": sum(losses.values()) / max(1, len(losses)),
             **{f"loss/{task}": value for task, value in losses.items()},
-            "roles/kept_share": kept / num_packs,
-            "roles/image_kept_share": image_kept / num_packs,
+            "roles/query_share": queries / num_packs,
+            "roles/image_query_share": image_queries / num_packs,
+            "roles/flop_share": spent / dense,
             "speed/tokens_per_second": num_tokens / seconds,
             "speed/data_wait_share": data_wait / dist.get_world_size() / seconds,
             "data/fill_share": num_tokens / num_places,
@@ -106,7 +116,9 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World) -> No
     device = deepspeed_engine.start()
     vocab = Vocab.load(config.data.tokenizer)
     torch.manual_seed(config.seed)
-    model = UnifiedVLM(build_backbone(config.model, vocab.size))
+    backbone = build_backbone(config.model, vocab.size)
+    use_fused_kernels(backbone)
+    model = UnifiedVLM(backbone, config.policy, config.recompute)
     headline = _headline(config, model, vocab, place.size)
     engine = Engine(model, config, tree)
     position = checkpoint.load_latest(engine, config.run)
@@ -148,6 +160,7 @@ class Trainer:
         quarantine = config.run / "quarantine" / f"rank_{distributed.world().rank}.jsonl"
         self.loader = self._loader(config.data.train, position.data_state, quarantine)
         self.window = Window(device)
+        self.widths = engine.widths
         self.num_rejected = 0.0
 
     def run(self, writer: MetricWriter | None) -> None:
@@ -179,12 +192,13 @@ class Trainer:
         dist.all_reduce(counts_K)
         scales_K = task_scales(counts_K, self.config.loss.weights, self.config.data.num_rows)
         self.engine.set_learning_rate(learning_rate(self.config.optim, step))
+        progress = step / self.config.optim.steps
         for pack in packs:
-            plan = TokenPlan.of(pack, self.config.policy, self.config.model.num_layers, self.config.seed)
-            sums_K = self._forward(pack, plan)
-            self.engine.backward((sums_K * scales_K).sum())
+            plan = TokenPlan.of(pack, self.config.policy, self.config.model.num_layers, self.config.seed, progress)
+            loss, sums_K = self._forward(pack, plan, scales_K)
+            self.engine.backward(loss)
             self.engine.step()
-            self.window.add(pack, plan, sums_K)
+            self.window.add(pack, plan, self.widths, sums_K)
 
     def log(self, step: int, seconds_left: float, data_state: DataState, writer: MetricWriter | None) -> None:
         rejected = Counter[str]()
@@ -209,14 +223,16 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, step: int, writer: MetricWriter | None) -> None:
-        """Loss by task on held-out packs, dense as the model will be used, and pictures of the fixed prompts."""
+        """Loss by task on held-out packs, with the roles of the finished model, and pictures of the fixed prompts."""
         self.engine.train(False)
+        policy, num_layers = self.config.policy.at_inference(), self.config.model.num_layers
+        scales_K = torch.ones(len(TASKS), device=self.device)
         totals = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)
         if self.config.data.valid:
             for packs, _ in itertools.islice(self._loader(self.config.data.valid), self.config.validation.steps):
                 totals[1] += task_counts(packs).to(self.device)
                 for pack in packs:
-                    totals[0] += self._forward(pack, TokenPlan.of(pack, Dense(), self.config.model.num_layers))
+                    totals[0] += self._forward(pack, TokenPlan.of(pack, policy, num_layers, progress=1.0), scales_K)[1]
         dist.all_reduce(totals)
         self.engine.train()
         nll_K, counts_K = totals.cpu()
@@ -230,7 +246,7 @@ class Trainer:
                 from uvlm.pictures import picture_grid
 
                 prompts = self.config.validation.prompts
-                generator = Generator(snapshot.to(self.device), self.vocab, self.config.data.tokenizer)
+                generator = Generator(snapshot.to(self.device), self.vocab, self.config.data.tokenizer, policy)
                 images = generator.images(prompts, range(len(prompts)))
                 writer.image(step, "generated", picture_grid(images, prompts))
         dist.barrier()
@@ -245,11 +261,11 @@ class Trainer:
         dist.barrier()
         dist.destroy_process_group()
 
-    def _forward(self, pack: Pack, plan: TokenPlan) -> torch.Tensor:
-        """Cross-entropy summed by task over the pack's supervised tokens, fp32 [K]."""
-        labels_S, ids_S = pack.labels[plan.supervised].to(self.device), task_ids(pack).to(self.device)
-        logits_SV = self.engine(pack.to(self.device), plan.to(self.device))
-        return task_sums(logits_SV, labels_S, ids_S)
+    def _forward(self, pack: Pack, plan: TokenPlan, scales_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, scaled by task, and the cross-entropy summed by task over supervised tokens, fp32 [K]."""
+        ids_S = task_ids(pack).to(self.device)
+        loss, nll_S = self.engine(pack.to(self.device), plan.to(self.device), scales_K[ids_S])
+        return loss, task_sums(nll_S, ids_S)
 
     def _loader(
         self, sources: Sequence[SourceConfig], state: DataState | None = None, quarantine: Path | None = None
@@ -288,6 +304,6 @@ def _headline(config: Config, model: UnifiedVLM, vocab: Vocab, world_size: int) 
     num_parameters = sum(p.numel() for p in model.parameters())
     return (
         f"{num_parameters / 1e6:.1f}M parameters, vocabulary {vocab.size}, {world_size} rank(s), "
-        f"{config.data.num_rows} packs of {config.data.pack_tokens} tokens a step, policy {config.policy.name}, "
+        f"{config.data.num_rows} packs of {config.data.pack_tokens} tokens a step, policy {config.policy.title}, "
         f"{config.dtype}, run folder {config.run}"
     )

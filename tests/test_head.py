@@ -1,0 +1,88 @@
+"""The head: logits, loss and gradients are those of cross-entropy over the whole vocabulary, whatever the chunk."""
+
+import pytest
+import torch
+
+from uvlm import head as head_module
+from uvlm.head import Head
+
+NUM_TOKENS, WIDTH, NUM_WORDS = 37, 16, 53
+
+
+def _inputs(num_tokens: int = NUM_TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(num_tokens, WIDTH, requires_grad=True)
+    return hidden, torch.randint(0, NUM_WORDS, (num_tokens,)), torch.rand(num_tokens)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 37, 1000])
+def test_loss_and_gradients_equal_cross_entropy_for_every_size_of_a_chunk(
+    num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", num_rows * NUM_WORDS)
+    head = Head.of(torch.nn.Linear(WIDTH, NUM_WORDS, bias=False))
+    hidden, labels, weights = _inputs()
+    want_nll = torch.nn.functional.cross_entropy(hidden @ head.weight.T, labels, reduction="none")
+    want = 3 * (want_nll * weights).sum()
+    want_gradients = torch.autograd.grad(want, (hidden, head.weight))
+    loss, nll = head(hidden, labels, weights)
+    assert not nll.requires_grad
+    torch.testing.assert_close(nll, want_nll)
+    torch.testing.assert_close(3 * loss, want)
+    for got, expected in zip(torch.autograd.grad(3 * loss, (hidden, head.weight)), want_gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_logits_never_exist_for_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 4 * NUM_WORDS)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            tensors = [each for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
+            matrices = [each for each in tensors if each.ndim == 2 and each.shape[1] == NUM_WORDS]
+            rows = [len(each) for each in matrices if len(each) != WIDTH]  # that is the weight, transposed
+            largest = max([largest, *rows])
+            return result
+
+    head = Head.of(torch.nn.Linear(WIDTH, NUM_WORDS, bias=False))
+    hidden, labels, weights = _inputs()
+    with Watch():
+        head(hidden, labels, weights)[0].backward()
+    assert largest == 4
+
+
+def test_bf16_gradients_of_many_chunks_are_as_good_as_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head.of(torch.nn.Linear(WIDTH, NUM_WORDS, bias=False)).bfloat16()
+    hidden, labels, weights = _inputs(2000)
+    (exact,) = torch.autograd.grad(
+        (torch.nn.functional.cross_entropy(hidden @ head.weight.float().T, labels, reduction="none") * weights).sum(),
+        head.weight,
+    )
+    errors = []
+    for num_rows in (2000, 10):
+        monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", num_rows * NUM_WORDS)
+        (gradient,) = torch.autograd.grad(head(hidden.bfloat16(), labels, weights)[0], head.weight)
+        errors.append(((gradient - exact).float().norm() / exact.float().norm()).item())
+    assert errors[1] < 1.5 * errors[0] + 1e-3
+
+
+def test_no_supervised_token_gives_zero_loss_and_zero_gradients() -> None:
+    head = Head.of(torch.nn.Linear(WIDTH, NUM_WORDS, bias=False))
+    hidden, labels, weights = _inputs(0)
+    loss, nll = head(hidden, labels, weights)
+    loss.backward()
+    assert (loss.item(), nll.shape) == (0.0, (0,))
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_never_comes() -> None:
+    head = Head.of(torch.nn.Linear(WIDTH, NUM_WORDS, bias=False))
+    hidden, labels, weights = _inputs()
+    with torch.no_grad():
+        loss, nll = head(hidden, labels, weights)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, (nll * weights).sum())
