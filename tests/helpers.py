@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from data_pipeline.encode import Encoded
+from data_pipeline.encode import IMAGE, INSTRUCTION, OUTPUT, Encoded
 from data_pipeline.packing import Pack, make_pack
 from data_pipeline.schema import TASKS
 from uvlm.backbone import Family, ModelConfig, build_backbone
@@ -23,14 +23,12 @@ def document(task: str, num_before: int, num_codes: int, num_after: int, seed: i
     length = num_before + num_codes + num_after
     ids = np.random.default_rng([seed, length]).integers(0, VOCAB_SIZE, length)
     is_target = task == "generate"
-    first = num_before if is_target and num_codes else num_before + num_codes
-    last = num_before + num_codes if is_target else length
     num_images = 1 if num_codes else 0
     return Encoded(
         ids=ids,
-        slot_lengths=[first, last - first, length - last],
-        slot_segments=[0, 0, 0],
-        slot_losses=[False, True, False],
+        slot_lengths=[num_before, num_codes, num_after],
+        slot_segments=[INSTRUCTION, IMAGE, INSTRUCTION if is_target else OUTPUT],
+        slot_losses=[False, is_target, not is_target],
         task=TASKS.index(task),
         source="test",
         doc_id=f"{task}-{seed}",

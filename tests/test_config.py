@@ -48,7 +48,7 @@ def test_overrides_win_and_are_yaml() -> None:
         ("policy={name: rout}", "policy.name must be one of dense, ffn_skip, freeze, himix, hmgen, pyramid, route"),
         (
             "policy={name: route, first_layer: 1, last_layer: 9}",
-            "policy.input.last_layer=9 is outside a model of 4 layers",
+            "policy.last_layer=9 is outside a model of 4 layers",
         ),
         ("policy={name: route, first_layer: 1, last_layer: 2, keep: 1.5}", "policy.keep=1.5: input should be less"),
         ("loss.weights={undrstand: 1}", "there is no task 'undrstand'"),

@@ -169,12 +169,10 @@ def test_a_share_outside_zero_to_one_is_refused_in_one_sentence(where: str, shar
 
 def test_a_remedy_for_a_policy_written_once_for_both_kinds_works_as_an_override() -> None:
     overrides = ["policy={name: himix}"]
-    with pytest.raises(ValueError, match=r"use policy\.target\.layers=") as refusal:
+    with pytest.raises(ValueError, match=r"use policy\.layers=") as refusal:
         load_config(Path("demo"), overrides)
     policy = load_config(Path("demo"), [*overrides, str(refusal.value).rpartition("use ")[2]]).policy
-    assert policy == Policy.model_validate(
-        {"input": {"name": "himix"}, "target": {"name": "himix", "layers": [1, 2, 3]}}
-    )
+    assert policy == Policy.model_validate({"name": "himix", "layers": [1, 2, 3]})
 
 
 def test_stages_without_a_beginning_say_what_to_add() -> None:

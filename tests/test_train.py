@@ -25,6 +25,7 @@ from uvlm.losses import by_task, task_counts, task_ids, task_scales, task_sums
 from uvlm.metrics import read_records
 from uvlm.model import UnifiedVLM
 from uvlm.optim import learning_rate, parameter_groups
+from uvlm.run_folder import load_model
 from uvlm.token_plan import TokenPlan
 
 
@@ -86,7 +87,7 @@ def _plain_loop(config: Config) -> Iterator[dict[str, float]]:
     """The same training in plain PyTorch, one process, one batch: what every split over ranks must equal."""
     vocab = Vocab.load(config.data.tokenizer)
     torch.manual_seed(config.seed)
-    model = UnifiedVLM(build_backbone(config.model, vocab.size))
+    model = UnifiedVLM(build_backbone(config.model, vocab.size), config.policy)
     optim = config.optim
     optimizer = torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps)
     data = config.data
@@ -96,7 +97,7 @@ def _plain_loop(config: Config) -> Iterator[dict[str, float]]:
         counts = task_counts(packs)
         sums = torch.zeros(len(TASKS))
         for pack in packs:
-            plan = TokenPlan.of(pack, config.policy, config.model.num_layers, config.seed)
+            plan = TokenPlan.of(pack, config.policy, config.model.num_layers, config.seed, step / optim.steps)
             ids = task_ids(pack)
             loss, nll = model(pack, plan, task_scales(counts, config.loss.weights, num_micro_batches=1)[ids])
             loss.backward()
@@ -110,23 +111,48 @@ def _plain_loop(config: Config) -> Iterator[dict[str, float]]:
         yield {**{f"loss/{task}": loss for task, loss in losses.items()}, "optim/gradient_norm": norm}
 
 
-def test_zero_3_equals_a_plain_loop_where_ranks_hold_different_tasks(config: Path) -> None:
-    # A pack of 40 tokens holds one document, so in a micro-step the ranks often have different tasks.
+@pytest.fixture(scope="module")
+def one_task_a_rank(config: Path) -> Config:
+    """The config of a finished run on two ranks that often have different tasks in a micro-step."""
     overrides = [
-        f"run={config.parent / 'plain'}",
+        f"run={config.parent / 'one-task-a-rank'}",
         "dtype=fp32",
-        "data.pack_tokens=40",
+        "data.pack_tokens=40",  # one document
         "model.tie_embeddings=true",
         "loss.weights={understand: 3.0, generate: 0.5}",
         "optim.steps=8",
         "optim.gradient_clipping=0.5",
+        "policy.keep={start: 0.25, end: 1.0}",
+        "policy.full_tail=0.25",
+        "policy.target_projections=qkv",
     ]
     launch(config, 2, *overrides)
-    records = [record for record in read_records(config.parent / "plain") if "loss/mean" in record]
+    return load_config(config, overrides)
+
+
+def test_zero_3_equals_a_plain_loop_where_ranks_hold_different_tasks(one_task_a_rank: Config) -> None:
+    records = [record for record in read_records(one_task_a_rank.run) if "loss/mean" in record]
     assert len(records) == 8
-    for record, want in zip(records, _plain_loop(load_config(config, overrides)), strict=False):
+    for record, want in zip(records, _plain_loop(one_task_a_rank), strict=False):
         for key, value in want.items():
             assert record[key] == pytest.approx(value, rel=1e-4), (record["step"], key)
+    shares = [record["roles/flop_share"] for record in records]
+    assert shares == sorted(shares), "a share that grows keeps more and more tokens"
+    assert shares[0] < 0.95
+    assert shares[-2:] == [1.0, 1.0], "the tail is dense"
+
+
+def test_projections_of_images_belong_to_the_finished_model(one_task_a_rank: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(one_task_a_rank.run, run)
+    vocab = Vocab.load(one_task_a_rank.data.tokenizer)
+    model = load_model(run, vocab)
+    attention, own = model.backbone.model.layers[0].self_attn, model.image_projections[0]
+    assert sorted(own) == ["target_k", "target_q", "target_v"]
+    assert not torch.equal(own["target_q"].weight, attention.q_proj.weight), "it was trained apart"
+    (run / "model" / "image_projections.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"image_projections.safetensors.*start the training again"):
+        load_model(run, vocab)
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess(two_ranks: Path) -> None:

@@ -105,7 +105,9 @@ class _BlockProducts(torch.autograd.Function):
     A CPU that trains in bf16 multiplies matrices in it several times as fast as in fp32, which PyTorch's flash kernel
     makes little of. Keys behind a block's last query are never touched. The weights, a block's queries by the keys they
     see, are computed again in the backward pass instead of being kept. Forward and backward, 8 heads of 64 over 4, one
-    core (run): 304 tokens 7.7 ms by flash in fp32 and 3.3 ms so, 1,024 tokens 62 and 27 ms.
+    core (run): 304 tokens 7.7 ms by flash in fp32 and 3.3 ms so, 1,024 tokens 62 and 27 ms. The price: scores are
+    rounded to bf16, as in plain attention of that type; relative error 0.3%, 1.2%, 2.2% for queries and keys of
+    standard deviation 1, 3, 6, where fused kernels have 0.2%.
 
     Legend: B queries of a block, r = N / G.
     """

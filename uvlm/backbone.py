@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from uvlm.strict import Strict
@@ -95,15 +96,17 @@ def build_backbone(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
             f"model.num_heads={config.num_heads} does not divide over model.num_kv_heads={config.num_kv_heads} groups; "
             f"use num_kv_heads={config.num_heads}"
         )
-    is_meta = torch.empty(0).device.type == "meta"
-    if config.pretrained is None or is_meta:
+    if config.pretrained is None:
         return AutoModelForCausalLM.from_config(_fresh_config(config, vocab_size), dtype=torch.float32)
     try:
+        if torch.empty(0).device.type == "meta":
+            hf_config = AutoConfig.from_pretrained(config.pretrained)
+            hf_config.vocab_size = max(vocab_size, hf_config.vocab_size)
+            return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         model = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.pretrained={config.pretrained} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.pretrained={config.pretrained} cannot be read: {reason}") from error
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size)
     return model

@@ -118,7 +118,8 @@ def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int, last_step: 
     state = _read(folder)
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{folder} was written by a newer uvlm (format {state['format_version']}); update uvlm")
-    for key, value in fixed.items():
+    for key in {**state["fixed"], **fixed}:
+        value = fixed.get(key)
         if state["fixed"].get(key) != value:
             raise ValueError(
                 f"{folder} was written with {key}={state['fixed'].get(key)!r}, this config has {value!r}; "
@@ -139,7 +140,7 @@ def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int, last_step: 
 
 def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
     """What a run may not change under its own checkpoints, by name. `vocab`: fingerprint of the vocabulary."""
-    tree = config.model_dump(mode="json")
+    tree = config.model_dump(mode="json", exclude={"model": {"pretrained"}})  # the checkpoint has its own weights
     values: dict[str, Any] = {
         "vocabulary": vocab,
         "data.train (names)": [source.source().name for source in config.data.train],
@@ -150,5 +151,6 @@ def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         values[key] = value
-    own = config.policy.own_projections(config.model.num_layers)
-    return {**values, "policy (projections of images, by layer)": own}
+    if any(own := config.policy.own_projections(config.model.num_layers)):
+        values["policy (projections of images, by layer)"] = own
+    return values

@@ -20,7 +20,7 @@ from data_pipeline.sources import OverLong, Source
 from uvlm.backbone import ModelConfig
 from uvlm.optim import OptimConfig
 from uvlm.policies import AnyImagePolicy, ImagePolicy, Policy, expand
-from uvlm.policies.ratio import FORMS
+from uvlm.policies.ratio import FORMS, Linear
 from uvlm.strict import Strict
 
 _POLICIES: dict[str, type[ImagePolicy]] = {
@@ -136,11 +136,12 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        sentences = [_sentence(tree, dict(item)) for item in error.errors()]
+        sentences = [_sentence(tree, dict(item), is_for_both) for item in error.errors()]
         if is_for_both:  # the user wrote it once
             sentences = [s.replace("policy.input.", "policy.").replace("policy.target.", "policy.") for s in sentences]
         raise ValueError("; ".join(dict.fromkeys(sentences))) from None
-    config.policy.check(config.model.num_layers)
+    was_one = is_for_both and config.policy.input == config.policy.target
+    config.policy.check(config.model.num_layers, was_one)
     return config
 
 
@@ -164,15 +165,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ValueError(f"the value of the override {override!r} is not valid YAML") from None
 
 
-def _sentence(tree: dict[str, Any], error: dict[str, Any]) -> str:
+def _sentence(tree: dict[str, Any], error: dict[str, Any], is_for_both: bool) -> str:
     """One pydantic error as a sentence with a remedy."""
     path = list(error["loc"])
     # pydantic names the chosen branch of a union too: of a policy, of a ratio, of a weight.
-    branches = {*_POLICIES, *FORMS} if path[:1] == ["policy"] else {"float", "dict[int,float]"}
+    branches = {*_POLICIES, *FORMS, "[key]"} if path[:1] == ["policy"] else {"float", "dict[int,float]"}
     path = [part for part in path if part not in branches]
     name = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], tree)
+        if is_for_both and len(path) == 3 and path[0] == "policy":
+            known += Policy.model_fields
         nearest = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
         return f"unknown key {name!r}; the nearest known one is {'.'.join([*map(str, path[:-1]), *nearest])!r}"
     if error["type"] == "missing":
@@ -193,6 +196,8 @@ def _known_keys(path: Sequence[Any], tree: Any) -> list[str]:
         if part in ("input", "target"):
             model = _POLICIES[tree["name"]]
             continue
+        if model in _POLICIES.values():
+            return list(Linear.model_fields)  # of policies only a ratio has keys of its own
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), model)

@@ -99,7 +99,7 @@ class Decoder:
         hidden_BD = hidden_BD + layer.self_attn.o_proj(mixed_BNH.flatten(1))
         if role < FFN:
             return hidden_BD
-        return hidden_BD + layer.mlp(layer.post_attention_layernorm(hidden_BD))
+        return model.feed_forward(number, hidden_BD)
 
     def _roles(self, code: tuple[int, int] | None) -> list[int]:
         """The role in each layer."""
@@ -107,9 +107,8 @@ class Decoder:
             return [DENSE] * self._model.num_layers
         number, num_codes = code
         if num_codes not in self._tables:
-            table_LM = np.full((self._model.num_layers, num_codes), DENSE, dtype=np.uint8)
-            self._policy.target.fill(table_LM, 1.0, np.random.default_rng(0))
-            self._tables[num_codes] = table_LM
+            random = np.random.default_rng(0)
+            self._tables[num_codes] = self._policy.target.table(self._model.num_layers, num_codes, 1.0, random)
         return self._tables[num_codes][:, number].tolist()
 
 

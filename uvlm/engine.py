@@ -29,7 +29,6 @@ from transformers.utils import logging as transformers_logging
 from data_pipeline.packing import Pack
 from uvlm.config import Config
 from uvlm.distributed import be_alone_unless_launched, world
-from uvlm.flops import Widths
 from uvlm.model import UnifiedVLM
 from uvlm.optim import parameter_groups
 from uvlm.token_plan import TokenPlan
@@ -203,7 +202,6 @@ class Engine:
                 model=model, model_parameters=parameter_groups(model, config.optim), config=deepspeed_config
             )
         self.device: torch.device = self._engine.device
-        self.widths = Widths.of(model.backbone.config)
 
     def __call__(self, pack: Pack, plan: TokenPlan, weights_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`UnifiedVLM.forward`: the weighted loss and nll_S; all arguments lie on the engine's device."""

@@ -65,7 +65,8 @@ def documents_right(model: UnifiedVLM, pack: Pack, policy: Policy) -> list[bool]
     """For each document of the pack that has supervised tokens: whether all of them are the model's first choice."""
     device = next(model.parameters()).device
     plan = TokenPlan.of(pack, policy, model.num_layers, progress=1.0)
-    first_choice_S = model.logits(pack.to(device), plan.to(device)).argmax(dim=-1).cpu()
+    hidden_SD = model.hidden(pack.to(device), plan.to(device))
+    first_choice_S = torch.cat([model.backbone.lm_head(part).argmax(dim=-1) for part in hidden_SD.split(512)]).cpu()
     is_wrong_S = (first_choice_S != pack.labels[plan.supervised]).float()
     document_S = torch.arange(len(pack.doc_task)).repeat_interleave(pack.cu_seqlens.diff())[plan.supervised]
     num_wrong = torch.zeros(len(pack.doc_task)).index_add(0, document_S, is_wrong_S)

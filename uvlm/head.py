@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-CHUNK_ELEMENTS = 2**24  # logits that exist at a time: 64 MB in fp32
+# Logits that exist at a time: 64 MB in fp32 on a CPU, 512 MB on a GPU, where a chunk must be large for the weight's
+# gradient (read and written once a chunk) not to cost more than the products.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
 class Head(nn.Linear):
@@ -47,7 +49,9 @@ class Head(nn.Linear):
         """
         if labels_S is None:
             return super().forward(hidden_SD)
-        return _WeightedCrossEntropy.apply(hidden_SD, self.weight, labels_S, weights_S)
+        # Inside an autograd function this is always off, so it is asked here.
+        needs_gradient = torch.is_grad_enabled()
+        return _WeightedCrossEntropy.apply(hidden_SD, self.weight, labels_S, weights_S, needs_gradient)
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -55,12 +59,16 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: torch.Tensor, weight_VD: torch.Tensor, labels_S: torch.Tensor, weights_S: torch.Tensor
+        ctx: Any,
+        hidden_SD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_S: torch.Tensor,
+        weights_S: torch.Tensor,
+        needs_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_gradient = any(ctx.needs_input_grad)
-        chunk = max(1, CHUNK_ELEMENTS // len(weight_VD))
+        chunk = max(1, CHUNK_ELEMENTS[hidden_SD.device.type] // len(weight_VD))
         nll_S = torch.empty(len(hidden_SD), dtype=torch.float32, device=hidden_SD.device)
-        gradient_SD = torch.empty_like(hidden_SD)
+        gradient_SD = torch.empty_like(hidden_SD if needs_gradient else hidden_SD[:0])
         gradient_VD = None
         for start in range(0, len(hidden_SD), chunk):
             part = slice(start, start + chunk)
@@ -75,7 +83,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 gradient_CV = logits_CV.mul_(weights_C1 / sums_C1)
                 gradient_CV.scatter_add_(1, labels_C1, -weights_C1)
                 gradient_CV = gradient_CV.to(hidden_SD.dtype)
-                torch.mm(gradient_CV, weight_VD, out=gradient_SD[part])
+                gradient_SD[part] = gradient_CV @ weight_VD
                 part_VD = gradient_CV.T @ hidden_SD[part]
                 # Several chunks are summed in fp32; one needs no second buffer.
                 gradient_VD = part_VD if gradient_VD is None else gradient_VD.float().add_(part_VD)
@@ -88,4 +96,4 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient_SD, gradient_VD = ctx.saved_tensors
-        return gradient_SD * factor, gradient_VD * factor, None, None
+        return gradient_SD * factor, gradient_VD * factor, None, None, None

@@ -39,9 +39,10 @@ class UnifiedVLM(nn.Module):
     """Loss, or logits, at the supervised positions of one pack.
 
     Args:
+        backbone: its `lm_head` is replaced by a Head of the same weight.
         policy: decides which projections each kind of image has for itself; what is left out comes with each plan.
         recompute: what the backward pass computes again instead of keeping it: "selective" the inside of each FFN,
-        whose     activations are the widest, "full" each layer.
+            whose activations are the widest, "full" each layer.
     """
 
     def __init__(self, backbone: PreTrainedModel, policy: Policy | None = None, recompute: Recompute = "none") -> None:
@@ -49,6 +50,8 @@ class UnifiedVLM(nn.Module):
         kinds = set(getattr(backbone.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise ValueError(f"the backbone mixes attention kinds {sorted(kinds)}; only full attention is supported")
+        if dropout := getattr(backbone.config, "attention_dropout", 0.0):
+            raise ValueError(f"the backbone has attention_dropout={dropout}; set it to 0.0 in its config.json")
         backbone.lm_head = Head.of(backbone.lm_head)
         self.backbone = backbone
         self.num_layers: int = backbone.config.num_hidden_layers
@@ -145,15 +148,16 @@ class UnifiedVLM(nn.Module):
         mixed_QNH = varlen_attention(q_QNH, k_RGH, v_RGH, *lengths)
         hidden_QD = hidden_RD[: span.num_queries] + layer.self_attn.o_proj(mixed_QNH.flatten(1))
         if span.ffn is None:
-            hidden_QD = self._call(self._feed_forward, "selective", number, hidden_QD)
+            hidden_QD = self._call(self.feed_forward, "selective", number, hidden_QD)
         else:
-            active_D = self._call(self._feed_forward, "selective", number, _Gather.apply(hidden_QD, span.ffn))
+            active_D = self._call(self.feed_forward, "selective", number, _Gather.apply(hidden_QD, span.ffn))
             hidden_QD = _Scatter.apply(hidden_QD, span.ffn, active_D)
         if span.num_queries == span.num_rows:
             return hidden_QD
         return torch.cat([hidden_QD, hidden_RD[span.num_queries :]])
 
-    def _feed_forward(self, number: int, hidden_D: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, number: int, hidden_D: torch.Tensor) -> torch.Tensor:
+        """A layer's FFN with its norm, added to the states."""
         layer = self.backbone.model.layers[number]
         return hidden_D + layer.mlp(layer.post_attention_layernorm(hidden_D))
 

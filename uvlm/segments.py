@@ -3,7 +3,9 @@
 A document with text, an image that is context, and text again has keys everywhere and queries in the text alone. One
 causal call aligned at the bottom right would let the first text see the image behind it. So each run of queries between
 keys that are no queries is a segment, and its keys are all of its document's keys up to the run's end. The keys of a
-document's earlier text are gathered once for each of its segments: few rows, as text is short beside images.
+document's earlier tokens are gathered once more for each of its segments: an image with text on both sides costs
+little, but with many images that are context in one document it grows with their number's square, as attention itself
+does (run: gathered to real keys 1.0 for one image, 4.5 for 8, 16.5 for 32).
 
 Legend: K keys, Q queries, S segments, G gathered keys.
 """

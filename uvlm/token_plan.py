@@ -9,6 +9,9 @@ once at its exit. Tokens keep their original position ids; `cu_seqlens` is recom
 policy chooses tokens by score, the plan fixes how many and where they go (choice.py); only which ones is found on the
 device.
 
+Cost (run, one core): 32 layers, 32,768 tokens: dense 3.6 ms, `route` 3.8 ms, `pyramid` 4.7 ms, `himix` and `hmgen` with
+projections of their own 19 ms.
+
 Legend: L layers, T tokens in a pack, R rows in a span, Q of them queries, n documents, m images.
 """
 
@@ -30,6 +33,8 @@ from uvlm.segments import cut_into_segments
 if TYPE_CHECKING:
     from data_pipeline.packing import Pack
     from uvlm.policies import Policy
+
+KINDS = ("text", "input", "target")  # what a token belongs to: text, or an image by what it is for
 
 
 class Work(NamedTuple):
@@ -179,10 +184,10 @@ class _View:
         self.num_documents = len(lengths)
         self.document_T = np.repeat(np.arange(self.num_documents), lengths)
         self.task_n = pack.doc_task.numpy()
-        self.kind_T = np.zeros(len(pack.ids), dtype=np.uint8)  # 0 text, 1 input image, 2 target image
+        self.kind_T = np.full(len(pack.ids), KINDS.index("text"), dtype=np.uint8)
         for start, num_codes, is_target in _images(pack):
-            self.kind_T[start : start + num_codes] = 2 if is_target else 1
-        self.is_image_T = self.kind_T > 0
+            self.kind_T[start : start + num_codes] = KINDS.index("target" if is_target else "input")
+        self.is_image_T = self.kind_T != KINDS.index("text")
         own = {"input": policy.input_projections, "target": policy.target_projections}
         self.query_kinds = tuple(kind for kind, projections in own.items() if projections == "qkv")
         self.key_kinds = tuple(kind for kind, projections in own.items() if projections != "shared")
@@ -236,7 +241,7 @@ def _span(first: int, stop: int, roles_T: np.ndarray, view: _View, num_chosen: i
         place[is_query], place[~is_query] = np.arange(num_queries), np.arange(num_queries, len(rows))
         keys = place[ranks]
     has_ffn = roles_T[rows[:num_queries]] >= FFN
-    holes = np.flatnonzero(view.kind_T[rows] == 1)
+    holes = np.flatnonzero(view.kind_T[rows] == KINDS.index("input"))
     is_chosen = num_chosen == len(holes)  # more take part where those left out have returned
     return Span(
         first=first,
@@ -272,7 +277,7 @@ def _parts(kind_R: np.ndarray, kinds: tuple[str, ...]) -> Parts | None:
         return None
     part_R = np.zeros(len(kind_R), dtype=np.int64)
     for number, kind in enumerate(kinds, 1):
-        part_R[kind_R == {"input": 1, "target": 2}[kind]] = number
+        part_R[kind_R == KINDS.index(kind)] = number
     rows = np.argsort(part_R, kind="stable")
     back = np.empty_like(rows)
     back[rows] = np.arange(len(rows))

@@ -123,7 +123,7 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World) -> No
     engine = Engine(model, config, tree)
     position = checkpoint.load_latest(engine, config.run)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, deepspeed_engine.zero_stage(tree))
-    trainer = Trainer(config, engine, vocab, device, fixed, position)
+    trainer = Trainer(config, engine, vocab, device, fixed, position, Widths.of(backbone.config))
     # Nothing has been written yet: whatever could refuse this start has had its say.
     if place.rank != 0:
         trainer.run(None)
@@ -150,6 +150,7 @@ class Trainer:
         device: torch.device,
         fixed: dict[str, Any],
         position: checkpoint.Position,
+        widths: Widths,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -160,7 +161,7 @@ class Trainer:
         quarantine = config.run / "quarantine" / f"rank_{distributed.world().rank}.jsonl"
         self.loader = self._loader(config.data.train, position.data_state, quarantine)
         self.window = Window(device)
-        self.widths = engine.widths
+        self.widths = widths
         self.num_rejected = 0.0
 
     def run(self, writer: MetricWriter | None) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from uvlm.policies.dense import Dense
@@ -30,6 +31,7 @@ from uvlm.policies.hmgen import HMGen
 from uvlm.policies.image_policy import ImagePolicy
 from uvlm.policies.pyramid import Pyramid
 from uvlm.policies.route import Route
+from uvlm.roles import BYPASS, KEY, QUERY
 from uvlm.strict import Strict
 
 AnyImagePolicy = Annotated[Dense | FFNSkip | Freeze | HiMix | HMGen | Pyramid | Route, Field(discriminator="name")]
@@ -65,17 +67,28 @@ class Policy(Strict):
     def _one_for_both(cls, tree: Any) -> Any:
         return expand(tree) if isinstance(tree, dict) else tree
 
-    def check(self, num_layers: int) -> None:
-        """Raise ValueError, naming the key and a value that works, for what a model of so many layers cannot do."""
-        self.input.check("policy.input", num_layers, is_target=False)
-        self.target.check("policy.target", num_layers, is_target=True)
+    def check(self, num_layers: int, is_written_once: bool = False) -> None:
+        """Raise ValueError, naming the key and a value that works, for what a model of so many layers cannot do.
+
+        Args:
+            is_written_once: both kinds have the same policy, whose keys stand right below `policy`.
+        """
+        self.target.check("policy" if is_written_once else "policy.target", num_layers, is_target=True)
+        self.input.check("policy" if is_written_once else "policy.input", num_layers, is_target=False)
+        # For policies whose own check says nothing of it.
+        roles_LM = self.target.table(num_layers, 64, 0.0, np.random.default_rng(0))
+        if (roles_LM.max(axis=0) < QUERY).any() or (roles_LM[-1] == BYPASS).any():
+            raise ValueError(
+                f"policy.target.name={self.target.name} leaves out target tokens that carry loss and never return; "
+                "use policy.target.name=dense"
+            )
 
     def at(self, progress: float) -> tuple[Policy, float]:
         """What holds when the share `progress` of the run is done: the policy, and the progress of its schedules."""
         tail_starts = 1 - self.full_tail
-        if self.full_tail and progress >= tail_starts:
+        if self.full_tail and progress >= tail_starts - 1e-9:  # 1 - 0.7 is a little more than 3 / 10
             return self.model_copy(update={"input": Dense(), "target": Dense()}), 1.0
-        return self, progress / tail_starts
+        return self, min(1.0, progress / tail_starts)
 
     def at_inference(self) -> Policy:
         """The policy of the finished model: dense for methods that only save training time."""
@@ -87,14 +100,15 @@ class Policy(Strict):
     def own_projections(self, num_layers: int) -> list[list[str]]:
         """By layer, the projections that one kind of image has for itself: input_q, input_k, ..., target_v.
 
-        A layer in which all tokens of a kind are always left out has none for it: they would never be used.
+        A layer in which no token of a kind is ever a query, or a key, has none of that sort for it: they would never be
+        used before the full tail, which uses the shared ones there.
         """
         own: list[list[str]] = [[] for _ in range(num_layers)]
         kinds = (("input", self.input, self.input_projections), ("target", self.target, self.target_projections))
         for kind, image_policy, letters in kinds:
             if letters != "shared":
-                for names, attends in zip(own, image_policy.attends(num_layers), strict=True):
-                    names += [f"{kind}_{letter}" for letter in letters if attends]
+                for names, role in zip(own, image_policy.highest_roles(num_layers), strict=True):
+                    names += [f"{kind}_{letter}" for letter in letters if role >= (QUERY if letter == "q" else KEY)]
         return own
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from uvlm.roles import DENSE, KEY
+from uvlm.roles import DENSE
 from uvlm.strict import Strict
 
 
@@ -33,14 +33,16 @@ class ImagePolicy(Strict):
         """The policy of the finished model. A method that only saves training time returns `Dense`."""
         return self
 
-    def attends(self, num_layers: int) -> list[bool]:
-        """By layer: whether any of the image's tokens is ever a key there before the full tail of the run."""
-        attends_L = np.zeros(num_layers, dtype=bool)
-        for progress in np.linspace(0, 1, 101):
-            roles_LM = np.full((num_layers, 4096), DENSE, dtype=np.uint8)
-            self.fill(roles_LM, progress, np.random.default_rng(0))
-            attends_L |= (roles_LM >= KEY).any(axis=1)
-        return attends_L.tolist()
+    def table(self, num_layers: int, num_codes: int, progress: float, generator: np.random.Generator) -> np.ndarray:
+        """The roles of one image's tokens, uint8 [num_layers, num_codes]."""
+        roles_LM = np.full((num_layers, num_codes), DENSE, dtype=np.uint8)
+        self.fill(roles_LM, progress, generator)
+        return roles_LM
+
+    def highest_roles(self, num_layers: int) -> list[int]:
+        """By layer, the highest role that any of an image's tokens ever has there before the full tail of the run."""
+        tables = (self.table(num_layers, 4096, at, np.random.default_rng(0)) for at in np.linspace(0, 1, 101))
+        return np.max([table_LM.max(axis=1) for table_LM in tables], axis=0).tolist()
 
 
 def check_layers(key: str, layers: list[int], num_layers: int, allowed: range) -> None:

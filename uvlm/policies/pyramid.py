@@ -108,7 +108,10 @@ class Pyramid(ImagePolicy):
         return tuple(layer for layer, ratio in stages if ratio_at(ratio, progress) < 1)
 
     def at_inference(self, is_target: bool) -> ImagePolicy:
-        return Dense() if is_target else self
+        if is_target:
+            return Dense()
+        # An answer must not hang on a draw.
+        return self.model_copy(update={"selection": "uniform"}) if self.selection == "random" else self
 
     def _layers(self, num_layers: int) -> list[int]:
         if self.layers is not None:

@@ -5,7 +5,7 @@
     keep: {0.0: 0.25, 0.5: 0.5, 0.9: 1.0}  stages; a key is the share of the run after which its value holds
 
 Progress is the share of the run that is done, so a schedule fits runs of any length. It is a function of the step
-alone: there is nothing to save.
+and of `optim.steps` alone: there is nothing to save, and a run that is made longer goes on at another point of it.
 """
 
 from typing import Annotated, Any
