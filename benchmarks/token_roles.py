@@ -8,14 +8,18 @@ the second, one the other way round; their order is drawn anew in every round, a
 Each policy is timed in pairs with dense on the same packs, in random order inside the pair, after a warm-up: the token
 plan, forward and backward. Shown is the median of the paired ratios with its 95% order-statistic interval, beside the
 ratio of exact FLOPs (`uvlm/flops.py`) of the same packs; efficiency is (1 - time ratio) / (1 - FLOP ratio). The whole
-step adds `torch.optim.AdamW`. All is bf16, as in training, or fp32 where this CPU has no fast bf16 products. Memory is
-the growth of a fresh process's resident memory, at its peak, over forward and backward of a step, gradients included
-(Linux, one thread, an allocator that hands freed tensors back at once).
+step adds `torch.optim.AdamW`. Memory is the growth of a fresh process's resident memory, at its peak, over forward and
+backward of a step, gradients included (Linux, one thread, an allocator that hands freed tensors back at once).
+
+In fp32 a CPU is bound by arithmetic, as a GPU is at the widths of real models, so the clock can show what FLOPs say.
+In bf16 it may multiply several times as fast, while norms, rotations and softmax stay as slow as memory: a policy that
+saves matrix products alone (ffn_skip) then saves a smaller share of the time than of the FLOPs.
 
 `dense_overhead` is the time inside planning, gather and scatter with nothing left out, as a share of a dense step's
 forward and backward; `packed_to_plain` compares that, in pairs, with a plain loop over the backbone's layers.
 
-    python benchmarks/token_roles.py                             about 8 minutes on two idle cores
+    python benchmarks/token_roles.py                             about 12 minutes on two idle cores
+    python benchmarks/token_roles.py --dtype bf16                as a GPU trains; about 5 minutes
     python benchmarks/token_roles.py --policy route --rounds 5   some of them (give --policy again for each)
     python benchmarks/token_roles.py --quick                     a tiny model, to show that all of it works
 
@@ -34,7 +38,6 @@ import os
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -65,6 +68,7 @@ PACK_TOKENS = 2048
 NUM_LAYERS = 12
 IMAGE_SHAPE = (16, 16)
 NUM_CODES = math.prod(IMAGE_SHAPE)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 POLICIES: dict[str, dict[str, Any]] = {
     "himix_hmgen": {"input": {"name": "himix"}, "target": {"name": "hmgen", "num_shallow": 5}},
     "himix": {"input": {"name": "himix"}},
@@ -97,7 +101,7 @@ class Size:
         return self.num_words + self.num_image_codes
 
 
-FULL = Size(hidden=512, intermediate=1536, num_heads=8, num_kv_heads=4, num_words=8192, num_image_codes=4096, rounds=9)
+FULL = Size(hidden=512, intermediate=1536, num_heads=8, num_kv_heads=4, num_words=8192, num_image_codes=4096, rounds=7)
 QUICK = Size(hidden=64, intermediate=96, num_heads=2, num_kv_heads=1, num_words=256, num_image_codes=256, rounds=2)
 
 
@@ -125,7 +129,7 @@ def main() -> None:
     names = list(dict.fromkeys(options.policy or POLICIES))
     rounds = options.rounds or size.rounds
     load = os.getloadavg()[0]
-    dtype = fastest_dtype()
+    dtype = DTYPES[options.dtype]
     memory = measure_memory(size, dtype, names)
     trainer = Trainer(size, dtype)
     ratios, step_ratios = measure_ratios(trainer, names, rounds)
@@ -143,7 +147,7 @@ def main() -> None:
         "time_interval": {name: rounded(ratios[name])[1:] for name in names},
         "memory_megabytes": {name: round(size / 1e6, 1) for name, size in memory.items()},
         "rounds": rounds,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": options.dtype,
         "machine": {"threads": torch.get_num_threads(), "load_before": round(load, 1), "torch": torch.__version__},
     }
     print_tables(result, ratios, step_ratios)
@@ -154,6 +158,7 @@ def parse() -> argparse.Namespace:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help=f"pairs of each policy with dense (default {FULL.rounds})")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of weights and products (default fp32)")
     parser.add_argument("--quick", action="store_true", help=f"a tiny model and {QUICK.rounds} rounds")
     parser.add_argument("--policy", action="append", choices=list(POLICIES), help="instead of all of them")
     options = parser.parse_args()
@@ -166,20 +171,6 @@ def policy_of(name: str) -> Policy:
     policy = Policy.model_validate(POLICIES.get(name, {}))
     policy.check(NUM_LAYERS)
     return policy
-
-
-def fastest_dtype() -> torch.dtype:
-    """bf16 where this CPU multiplies matrices faster in it, as training would; else fp32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        samples = []
-        for _ in range(10):
-            started = time.perf_counter()
-            left @ right
-            samples.append(time.perf_counter() - started)
-        seconds[dtype] = min(samples)
-    return min(seconds, key=seconds.__getitem__)
 
 
 def packs_of(size: Size, number: int) -> list[Pack]:
@@ -313,38 +304,42 @@ def interval(values: list[float]) -> Ratio:
 
 def measure_overhead(trainer: Trainer, rounds: int) -> float:
     """Time inside planning, gather and scatter of dense steps, as a share of their forward and backward."""
-    spent: dict[str, float] = defaultdict(float)
+    both = Policy.model_validate({"input": POLICIES["route"], "target": POLICIES["ffn_skip"]})
+    with timed_mechanism() as spent:
+        trainer.step(packs_of(trainer.size, 0), trainer.packed(both))
+    assert min(spent.values()) > 0, f"a stopwatch is not where the work is: {spent}"
     total = 0.0
-    with timed_mechanism(spent):
+    with timed_mechanism() as spent:
         for number in track(range(rounds), "timing the mechanism", transient=True):
             total += trainer.step(packs_of(trainer.size, number), trainer.packed(DENSE)).forward_backward
-    assert min(spent["of"], spent["apply"], spent["backward"]) > 0, "the stopwatches are where the work is"
     return sum(spent.values()) / total
 
 
 @contextmanager
-def timed_mechanism(spent: dict[str, float]) -> Iterator[None]:
-    """Stopwatches around planning, gather (both ways) and scatter, whose seconds `spent` adds up."""
+def timed_mechanism() -> Iterator[dict[str, float]]:
+    """Stopwatches around planning, gather and scatter, both ways: seconds by function."""
+    gather, scatter = packed_model._Gather, packed_model._Scatter
+    places = [(TokenPlan, "of"), *((each, way) for each in (gather, scatter) for way in ("apply", "backward"))]
+    spent = dict.fromkeys([*(f"{owner.__name__}.{name}" for owner, name in places), "Tensor.index_copy"], 0.0)
 
-    def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def timed(key: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            spent[function.__name__] += time.perf_counter() - started
+            spent[key] += time.perf_counter() - started
 
-    gather = packed_model._Gather
     with ExitStack() as stack:
-        for owner, name in ((TokenPlan, "of"), (gather, "apply"), (gather, "backward")):
-            wrapped = staticmethod(partial(timed, getattr(owner, name)))
+        for owner, name in places:
+            wrapped = staticmethod(partial(timed, f"{owner.__name__}.{name}", getattr(owner, name)))
             stack.enter_context(mock.patch.object(owner, name, wrapped))
         original = torch.Tensor.index_copy
 
         def index_copy(*args: Any) -> Any:
-            return timed(original, *args)
+            return timed("Tensor.index_copy", original, *args)
 
         stack.enter_context(mock.patch.object(torch.Tensor, "index_copy", index_copy))
-        yield
+        yield spent
 
 
 def measure_memory(size: Size, dtype: torch.dtype, names: list[str]) -> dict[str, int]:

@@ -125,3 +125,25 @@ def test_what_may_change_within_a_run_may_change(config: Config) -> None:
     _save(config, 1)
     other = load_config(Path("demo"), [f"run={config.run}", "optim.steps=9999", "log_every=3"])
     check_fits(other.run, fixed_values(other, "vocab", 3), world_size=1, last_step=5)
+
+
+def test_a_finished_run_is_not_given_a_policy_it_was_not_trained_with(config: Config) -> None:
+    _save(config, 5)
+    other = load_config(Path("demo"), [f"run={config.run}", "policy={name: ffn_skip}"])
+    fixed, policy = fixed_values(other, "vocab", 3), other.policy.model_dump(mode="json")
+    with pytest.raises(ValueError, match=r"has done all of optim.steps=5 with another policy"):
+        check_fits(other.run, fixed, world_size=1, last_step=5, policy=policy)
+    check_fits(other.run, fixed, world_size=1, last_step=6, policy=policy)
+    check_fits(other.run, fixed, world_size=1, last_step=5, policy=config.policy.model_dump(mode="json"))
+
+
+def test_projections_of_images_cannot_change_within_a_run(config: Config) -> None:
+    plain, own = (
+        load_config(Path("demo"), [f"run={config.run}", f"policy.input_projections={value}"])
+        for value in ("shared", "kv")
+    )
+    for before, after in ((plain, own), (own, plain)):
+        _save(before, 1)
+        with pytest.raises(ValueError, match=r"policy.input_projections and policy.target_projections, by layer"):
+            check_fits(config.run, fixed_values(after, "vocab", 3), world_size=1, last_step=5)
+        check_fits(config.run, fixed_values(before, "vocab", 3), world_size=1, last_step=5)

@@ -53,7 +53,7 @@ def test_overrides_win_and_are_yaml() -> None:
         ("policy={name: route, first_layer: 1, last_layer: 2, keep: 1.5}", "policy.keep=1.5: input should be less"),
         ("loss.weights={undrstand: 1}", "there is no task 'undrstand'"),
         ("optim.steps", "is not of the form key=value"),
-        ("optim=3", "optim=3: "),
+        ("optim=3", "optim=3 is no section of keys and values"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_key(override: str, sentence: str) -> None:

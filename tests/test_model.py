@@ -3,7 +3,9 @@
 That roles are applied as defined is held by test_roles.py.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,9 +116,42 @@ def test_sizes_are_read_from_the_pretrained_folder_and_a_contradiction_names_bot
     assert ModelConfig.model_validate(resolved) == config, "a finished run is readable without its starting point"
     with pytest.raises(ValueError, match=r"has no config.json; give the folder"):
         ModelConfig.model_validate({"pretrained": str(tmp_path)})
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=r"is not that of a Hugging Face language model"):
-        ModelConfig.model_validate({"pretrained": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_hidden_layers": "three"}, "is not that of a Hugging Face language model"),
+        ({"model_type": "gpt2"}, "holds a gpt2 model; the families are llama, qwen2, qwen3"),
+        ({"num_hidden_layers": 5}, r"lacks weights: model\.layers\.4\..* and 8 more"),
+        ({"hidden_size": 16}, "cannot be read; it needs the weights of its config.json"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1; set it to 0.0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_folder_that_is_not_what_it_says_is_refused(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    tiny_model("llama").backbone.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=sentence):
+        UnifiedVLM(build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE))
+
+
+def test_weights_that_are_cut_are_named(tmp_path: Path) -> None:
+    tiny_model().backbone.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model.pretrained=.* cannot be read"):
+        build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE)
+
+
+def test_before_weights_are_read_a_folder_gives_its_own_shapes(tmp_path: Path) -> None:
+    tiny_model("qwen2").backbone.save_pretrained(tmp_path)  # with biases, which no key of ours names
+    config = ModelConfig.model_validate({"pretrained": tmp_path})
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build_backbone(config, VOCAB_SIZE + 3).named_parameters()}
+    built = build_backbone(config, VOCAB_SIZE + 3)
+    assert shapes == {name: p.shape for name, p in built.named_parameters()}
 
 
 def test_every_weight_gets_a_gradient_from_a_pack_without_supervision() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from uvlm.model import UnifiedVLM
 from uvlm.optim import learning_rate, parameter_groups
 from uvlm.run_folder import load_model
 from uvlm.token_plan import TokenPlan
+from uvlm.train import start_from_projections
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +149,15 @@ def test_projections_of_images_belong_to_the_finished_model(one_task_a_rank: Con
     shutil.copytree(one_task_a_rank.run, run)
     vocab = Vocab.load(one_task_a_rank.data.tokenizer)
     model = load_model(run, vocab)
-    attention, own = model.backbone.model.layers[0].self_attn, model.image_projections[0]
+    own: Any = model.image_projections[0]
+    attention = model.backbone.model.layers[0].self_attn
     assert sorted(own) == ["target_k", "target_q", "target_v"]
     assert not torch.equal(own["target_q"].weight, attention.q_proj.weight), "it was trained apart"
+    with pytest.raises(ValueError, match="which are not those of this policy; give the policy it was trained with"):
+        start_from_projections(UnifiedVLM(model.backbone), run / "model")
+    started = UnifiedVLM(model.backbone, one_task_a_rank.policy)
+    start_from_projections(started, run / "model")
+    assert torch.equal(started.image_projections.state_dict()["0.target_q.weight"], own["target_q"].weight)
     (run / "model" / "image_projections.safetensors").unlink()
     with pytest.raises(ValueError, match=r"image_projections.safetensors.*start the training again"):
         load_model(run, vocab)

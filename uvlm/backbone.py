@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -70,14 +69,15 @@ class ModelConfig(Strict):
 
 def _read_sizes(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text())
-        sizes = {name: found[theirs] for name, theirs in _FROM_FOLDER.items() if theirs in found}
-        sizes.setdefault("num_kv_heads", sizes["num_heads"])
-        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_heads"])
-        # transformers leaves out what is its default, and writes the class into the file of every model it saves.
-        sizes.setdefault("tie_embeddings", AutoConfig.from_pretrained(folder).tie_word_embeddings)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder}/config.json is not that of a Hugging Face language model ({error})") from None
+        found = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises what its checks of each family raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}/config.json is not that of a Hugging Face language model: {reason}") from None
+    if found.model_type not in get_args(Family):
+        raise ValueError(f"{folder} holds a {found.model_type} model; the families are {', '.join(get_args(Family))}")
+    sizes: dict[str, Any] = {name: getattr(found, theirs, None) for name, theirs in _FROM_FOLDER.items()}
+    sizes["num_kv_heads"] = sizes["num_kv_heads"] or sizes["num_heads"]
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // max(1, sizes["num_heads"])
     return sizes
 
 
@@ -103,10 +103,19 @@ def build_backbone(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
             hf_config = AutoConfig.from_pretrained(config.pretrained)
             hf_config.vocab_size = max(vocab_size, hf_config.vocab_size)
             return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=torch.float32, use_safetensors=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            config.pretrained, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model.pretrained={config.pretrained} cannot be read: {reason}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model.pretrained={config.pretrained} cannot be read; it needs the weights of its config.json as "
+            f"safetensors ({reason})"
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # they would be drawn at random
+        raise ValueError(
+            f"model.pretrained={config.pretrained} lacks weights: {missing[0]} and {len(missing) - 1} more"
+        )
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size)
     return model

@@ -48,7 +48,17 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     if config.data.pack_tokens > config.model.max_position:
         raise ValueError(
             f"data.pack_tokens={config.data.pack_tokens} allows longer documents than "
-            f"model.max_position={config.model.max_position}; set model.max_position={config.data.pack_tokens}"
+            f"model.max_position={config.model.max_position}; "
+            + (
+                f"set data.pack_tokens={config.model.max_position}"
+                if config.model.pretrained
+                else f"set model.max_position={config.data.pack_tokens}"
+            )
+        )
+    if 0 < config.policy.full_tail * config.optim.steps < 1:
+        raise ValueError(
+            f"policy.full_tail={config.policy.full_tail} of optim.steps={config.optim.steps} is less than a step; "
+            f"set policy.full_tail={1 / config.optim.steps:.3g}, or 0"
         )
     if config.run.exists() and not config.run.is_dir():
         raise ValueError(f"run={config.run} is a file; give the path of a folder")
@@ -56,7 +66,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     for sources in filter(None, (config.data.train, config.data.valid)):
         open_sources([source.source() for source in sources], vocab)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
-    checkpoint.check_fits(config.run, fixed, world_size, config.optim.steps)
+    checkpoint.check_fits(config.run, fixed, world_size, config.optim.steps, config.policy.model_dump(mode="json"))
     _check_disk(config, vocab.size)
     return tree
 

@@ -65,6 +65,7 @@ def save(engine: Engine, config: Config, step: int, data_state: DataState, fixed
             "step": step,
             "world_size": dist.get_world_size(),
             "fixed": fixed,
+            "policy": config.policy.model_dump(mode="json"),
             "rows": {str(row): state for part in states for row, state in part.items()},
         }
         replace_file(folder / partial / MARKER, json.dumps(state))
@@ -109,8 +110,14 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     raise ValueError(f"{checkpoint / MARKER} is damaged; remove {checkpoint} to go on from the checkpoint before it")
 
 
-def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int, last_step: int) -> None:
-    """Raise ValueError, with both values and a remedy, where the newest checkpoint cannot go on with these."""
+def check_fits(
+    run: Path, fixed: Mapping[str, Any], world_size: int, last_step: int, policy: Mapping[str, Any] | None = None
+) -> None:
+    """Raise ValueError, with both values and a remedy, where the newest checkpoint cannot go on with these.
+
+    Args:
+        policy: of this start, as plain values. It may change in a run, but not after the last step.
+    """
     found = complete(run)
     if not found:
         return
@@ -129,6 +136,11 @@ def check_fits(run: Path, fixed: Mapping[str, Any], world_size: int, last_step: 
         raise ValueError(
             f"{folder} has more steps than optim.steps={last_step}; set optim.steps to {state['step']} or more, "
             "or start a new run folder"
+        )
+    if state["step"] == last_step and policy and state.get("policy", policy) != policy:
+        raise ValueError(
+            f"{run} has done all of optim.steps={last_step} with another policy than this; set optim.steps to more to "
+            "go on with this one, or start a new run folder"
         )
     written_by = state["world_size"]
     if written_by != world_size:
@@ -152,5 +164,5 @@ def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
             value = value[part]
         values[key] = value
     if any(own := config.policy.own_projections(config.model.num_layers)):
-        values["policy (projections of images, by layer)"] = own
+        values["policy.input_projections and policy.target_projections, by layer"] = own
     return values

@@ -175,13 +175,17 @@ def _sentence(tree: dict[str, Any], error: dict[str, Any], is_for_both: bool) ->
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1], tree)
         if is_for_both and len(path) == 3 and path[0] == "policy":
-            known += Policy.model_fields
+            known += ["input_projections", "target_projections", "full_tail"]
+        if path[:-1] == ["policy"]:
+            known = ["name", *known]
         nearest = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
         return f"unknown key {name!r}; the nearest known one is {'.'.join([*map(str, path[:-1]), *nearest])!r}"
     if error["type"] == "missing":
         return f"the key {name!r} is missing; add it to the YAML or give {name}=VALUE"
     if error["type"].startswith("union_tag"):
         return f"{name}.name must be one of {', '.join(_POLICIES)}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{name}={error['input']!r} is no section of keys and values; write {name}={{KEY: VALUE, ...}}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}={error['input']!r}: {message[0].lower()}{message[1:]}"
 

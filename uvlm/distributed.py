@@ -7,6 +7,7 @@ ZeRO belong to DeepSpeed (engine.py).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -71,8 +72,11 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     with subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent) as torchrun:
         try:
             return torchrun.wait()
-        except KeyboardInterrupt:  # the terminal sent it to torchrun too, which stops its ranks
-            torchrun.wait()
+        except KeyboardInterrupt:  # a terminal sends it to torchrun too, which stops its ranks
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                torchrun.wait(timeout=10)
+                raise
+            torchrun.terminate()  # it was sent to us alone
             raise
 
 
@@ -80,6 +84,12 @@ def _end_with_parent() -> None:
     """Ask Linux to stop torchrun (and torchrun its ranks) when we die, even by kill -9: nobody trains on unseen."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def end_with_torchrun() -> None:
+    """In a rank: the same where torchrun itself is killed. Other launchers look after their processes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
 
 
 def leave() -> NoReturn:

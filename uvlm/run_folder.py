@@ -107,11 +107,10 @@ def load_model(run: Path, vocab: Vocab) -> UnifiedVLM:
     try:
         backbone = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         model = UnifiedVLM(backbone, read_config(run).policy)
-        if len(model.image_projections.state_dict()):
-            model.image_projections.load_state_dict(load_file(folder / IMAGE_PROJECTIONS))
+        load_image_projections(model, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} is damaged ({str(error).splitlines()[0]}); start the training again, which writes the model "
+            f"{folder} is damaged ({' '.join(str(error).split())}); start the training again, which writes the model "
             "from its last checkpoint"
         ) from error
     trained_with = getattr(backbone.config, "uvlm_vocabulary", None)
@@ -123,6 +122,14 @@ def load_model(run: Path, vocab: Vocab) -> UnifiedVLM:
     if torch.cuda.is_available():
         model.to("cuda", torch.bfloat16)  # flash-attn has no kernel for fp32
     return model.eval()
+
+
+def load_image_projections(model: UnifiedVLM, folder: Path) -> None:
+    """Read what `save_model` wrote beside the backbone. OSError, RuntimeError or SafetensorError where that is not what
+    the model has."""
+    path = folder / IMAGE_PROJECTIONS
+    if model.image_projections.state_dict() or path.exists():
+        model.image_projections.load_state_dict(load_file(path))
 
 
 def save_model(config: Config, model: UnifiedVLM, vocab: str) -> None:

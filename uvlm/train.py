@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from data_pipeline.loader import DataState, Loader
 from data_pipeline.packing import Pack
@@ -113,12 +114,15 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, tree: dict[str, Any], place: distributed.World) -> None:
+    distributed.end_with_torchrun()
     device = deepspeed_engine.start()
     vocab = Vocab.load(config.data.tokenizer)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.model, vocab.size)
     use_fused_kernels(backbone)
     model = UnifiedVLM(backbone, config.policy, config.recompute)
+    if config.model.pretrained:
+        start_from_projections(model, config.model.pretrained)
     headline = _headline(config, model, vocab, place.size)
     engine = Engine(model, config, tree)
     position = checkpoint.load_latest(engine, config.run)
@@ -137,6 +141,22 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World) -> No
             print(f"resumed at step {position.step} of {config.optim.steps}", flush=True)
         writer.text(position.step, "config", f"```yaml\n{dump_config(config)}```")
         trainer.run(writer)
+
+
+def start_from_projections(model: UnifiedVLM, pretrained: Path) -> None:
+    """Take over the image projections that stand beside pretrained weights, if there are any.
+
+    ValueError where they are others than the model's policy has.
+    """
+    if not (pretrained / run_folder.IMAGE_PROJECTIONS).exists():
+        return
+    try:
+        run_folder.load_image_projections(model, pretrained)
+    except (RuntimeError, SafetensorError):
+        raise ValueError(
+            f"model.pretrained={pretrained} has image projections of its own, which are not those of this policy; give "
+            f"the policy it was trained with, or remove its {run_folder.IMAGE_PROJECTIONS}"
+        ) from None
 
 
 class Trainer:

@@ -76,8 +76,8 @@ class Policy(Strict):
         self.target.check("policy" if is_written_once else "policy.target", num_layers, is_target=True)
         self.input.check("policy" if is_written_once else "policy.input", num_layers, is_target=False)
         # For policies whose own check says nothing of it.
-        roles_LM = self.target.table(num_layers, 64, 0.0, np.random.default_rng(0))
-        if (roles_LM.max(axis=0) < QUERY).any() or (roles_LM[-1] == BYPASS).any():
+        tables = [self.target.table(num_layers, 1024, at, np.random.default_rng(0)) for at in np.linspace(0, 1, 11)]
+        if any((table.max(axis=0) < QUERY).any() or (table[-1] == BYPASS).any() for table in tables):
             raise ValueError(
                 f"policy.target.name={self.target.name} leaves out target tokens that carry loss and never return; "
                 "use policy.target.name=dense"

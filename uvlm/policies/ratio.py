@@ -25,6 +25,8 @@ class Linear(Strict):
 def _from_the_start(stages: dict[float, float]) -> dict[float, float]:
     if 0.0 not in stages:
         raise ValueError(f"nothing holds at the start; add 0.0: {next(iter(stages.values()), 0.5)}")
+    if 1.0 in stages:
+        raise ValueError("nothing is trained after the whole run; use a key below 1.0, or `end` of a linear schedule")
     return stages
 
 
