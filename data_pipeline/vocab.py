@@ -129,6 +129,10 @@ class Vocab:
         """The text of the text tokens among `ids`; specials and image codes are left out."""
         return self._tokenizer.decode([int(i) for i in ids if i < self.num_text], skip_special_tokens=True)
 
+    def token(self, number: int) -> str | None:
+        """The text tokenizer's name of an id; None where it has none."""
+        return self._tokenizer.id_to_token(number)
+
     def code_ids(self, codes: np.ndarray) -> np.ndarray:
         """Ids, int64 [h * w], row by row, of codes [h, w]. ValueError for a code that the tokenizer does not have."""
         flat = codes.reshape(-1)

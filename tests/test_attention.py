@@ -106,6 +106,20 @@ def test_the_cpu_backend_equals_the_definition(
     assert_near(with_gradients(got_QNH, inputs), with_gradients(want_QNH, inputs), tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_sharp_attention_keeps_its_precision(dtype: torch.dtype, tolerance: float) -> None:
+    """Scores of some tens, of which few weights are left; bf16 rounds the scores."""
+    segments = PACKS["longer than a kernel's tile"]
+    inputs = [
+        (x.detach() * scale).requires_grad_()
+        for x, scale in zip(random_inputs(73, 290, (4, 2), dtype), (3, 3, 1), strict=True)
+    ]
+    q_QNH, k_KGH, v_KGH = inputs
+    want_QNH = by_definition(q_QNH, k_KGH, v_KGH, allowed_keys(segments))
+    got = with_gradients(attend(q_QNH, k_KGH, v_KGH, segments, "cpu"), inputs)
+    assert_near(got, with_gradients(want_QNH, inputs), tolerance)
+
+
 def test_text_around_a_context_image_sees_exactly_what_comes_before_it() -> None:
     """Why queries that skip an image are two segments: text of 4, an image of 6 that is keys only, text of 5."""
     inputs = random_inputs(9, 15, (4, 2), torch.float32)

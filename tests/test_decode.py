@@ -45,6 +45,7 @@ POLICIES: dict[str, dict[str, Any]] = {
         "target": HMGEN,
     },
     "pyramid, uniform": {"input": {"name": "pyramid", "layers": [1, 2], "keep": [0.5, 0.25], "selection": "uniform"}},
+    "pyramid, random": {"input": {"name": "pyramid", "layers": [1, 2], "keep": [0.5, 0.25], "selection": "random"}},
     "pyramid, scheduled": {"input": {"name": "pyramid", "layers": [1], "keep": [{"start": 0.2, "end": 0.7}]}},
     "route": {"name": "route", "first_layer": 1, "last_layer": 2},
     "himix with a full tail": {"input": HIMIX, "full_tail": 0.1},

@@ -6,6 +6,7 @@ filled in below. That proves that the right modules are patched and that they me
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any, get_args
 
@@ -27,7 +28,8 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger kernels that run on this machine; the classes that they patch in transformers come back afterwards."""
     if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU here; `make test-flash` runs this under Triton's interpreter")
-    pytest.importorskip("liger_kernel") if ON_GPU else __import__("liger_kernel")
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.fail("the Liger kernels are not installed; install them: pip install 'uvlm[gpu]'")
     from transformers.models.llama import modeling_llama
     from transformers.models.qwen2 import modeling_qwen2
     from transformers.models.qwen3 import modeling_qwen3

@@ -181,6 +181,18 @@ def test_stages_without_a_beginning_say_what_to_add() -> None:
         parse_config(demo({"input": policy}))
 
 
+def test_misspelt_words_of_a_schedule_name_the_right_ones() -> None:
+    policy = {"name": "route", "first_layer": 1, "last_layer": 2, "keep": {"stat": 0.25, "edn": 1.0}}
+    with pytest.raises(ValueError, match=r"nearest known one is 'policy\.input\.keep\.start'.*keep\.end'"):
+        parse_config(demo({"input": policy}))
+
+
+def test_a_key_inside_a_list_is_not_offered_as_an_override() -> None:
+    policy = {"name": "pyramid", "keep": [{"start": 0.25}]}
+    with pytest.raises(ValueError, match=r"'policy\.input\.keep\.0\.end' is missing; add it to the YAML$"):
+        parse_config(demo({"input": policy}))
+
+
 _LAYER = st.integers(-1, 7)
 _LAYERS = st.none() | st.lists(_LAYER, max_size=4) | st.lists(_LAYER, max_size=4, unique=True).map(sorted)
 _SHARE = st.sampled_from([0.0, 0.1, 0.5, 1.0])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from data_pipeline.sources import open_sources
 from data_pipeline.vocab import Vocab
@@ -63,12 +65,35 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     if config.run.exists() and not config.run.is_dir():
         raise ValueError(f"run={config.run} is a file; give the path of a folder")
     vocab = Vocab.load(config.data.tokenizer)
+    if config.model.pretrained:
+        check_same_words(config.model.pretrained, config.data.tokenizer, vocab)
     for sources in filter(None, (config.data.train, config.data.valid)):
         open_sources([source.source() for source in sources], vocab)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
     checkpoint.check_fits(config.run, fixed, world_size, config.optim.steps, config.policy.model_dump(mode="json"))
     _check_disk(config, vocab.size)
     return tree
+
+
+def check_same_words(pretrained: Path, tokenizer: Path, vocab: Vocab) -> None:
+    """Raise ValueError where a pretrained model numbers its tokens otherwise than `vocab`, read from `tokenizer`.
+
+    All would run, with the words of one for those of the other. A folder without tokenizer.json says nothing of it.
+    """
+    path = pretrained / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        numbers = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} is no tokenizer of the tokenizers library: {error}") from None
+    for token, number in sorted(numbers.items(), key=itemgetter(1)):
+        if vocab.token(number) != token:
+            raise ValueError(
+                f"token {number} is {token!r} to model.pretrained={pretrained} and {vocab.token(number)!r} to "
+                f"{tokenizer}; make {tokenizer / 'text' / 'tokenizer.json'} from the model's own tokenizer.json, as "
+                "docs/data.md says"
+            )
 
 
 def _check_disk(config: Config, vocab_size: int) -> None:

@@ -181,7 +181,8 @@ def _sentence(tree: dict[str, Any], error: dict[str, Any], is_for_both: bool) ->
         nearest = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
         return f"unknown key {name!r}; the nearest known one is {'.'.join([*map(str, path[:-1]), *nearest])!r}"
     if error["type"] == "missing":
-        return f"the key {name!r} is missing; add it to the YAML or give {name}=VALUE"
+        is_in_list = any(isinstance(part, int) for part in path)  # where no override reaches
+        return f"the key {name!r} is missing; add it to the YAML" + ("" if is_in_list else f" or give {name}=VALUE")
     if error["type"].startswith("union_tag"):
         return f"{name}.name must be one of {', '.join(_POLICIES)}"
     if error["type"] in ("model_type", "model_attributes_type"):

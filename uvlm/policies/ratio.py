@@ -31,8 +31,8 @@ def _from_the_start(stages: dict[float, float]) -> dict[float, float]:
 
 
 def _form(value: Any) -> str:
-    if isinstance(value, Linear) or (isinstance(value, dict) and {"start", "end"} & set(value)):
-        return "linear"
+    if isinstance(value, Linear) or (isinstance(value, dict) and any(str(key)[:1].isalpha() for key in value)):
+        return "linear"  # misspelt words too
     return "stages" if isinstance(value, dict) else "constant"
 
 
