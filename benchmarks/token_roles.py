@@ -317,7 +317,8 @@ def measure_overhead(trainer: Trainer, rounds: int) -> float:
 
 @contextmanager
 def timed_mechanism() -> Iterator[dict[str, float]]:
-    """Stopwatches around planning, gather and scatter, both ways: seconds by function."""
+    """Stopwatches around planning, gather and scatter, both ways: seconds by function (`index_copy` is also in scatter,
+    and counts twice there)."""
     gather, scatter = packed_model._Gather, packed_model._Scatter
     places = [(TokenPlan, "of"), *((each, way) for each in (gather, scatter) for way in ("apply", "backward"))]
     spent = dict.fromkeys([*(f"{owner.__name__}.{name}" for owner, name in places), "Tensor.index_copy"], 0.0)

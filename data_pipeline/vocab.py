@@ -61,7 +61,7 @@ class Vocab:
         if ids != list(range(self.num_text, self.first_code)):
             raise ValueError(
                 f"the text tokenizer has {' '.join(SPECIALS)} at ids {ids}; they must be its last ids, in this order: "
-                "train one with `uvlm tokenizer train`"
+                "train one with `uvlm tokenizer train`, or add them to a model's own as docs/data.md says"
             )
         self.pad, self.bos, self.eos, self.end, self.image_start, self.image_end = ids
         if max(self.encode_text(" ".join(SPECIALS)), default=0) >= self.num_text:

@@ -77,3 +77,11 @@ def test_the_token_roles_benchmark_runs_every_policy_and_ends_with_its_ratios() 
     assert 0 < result["dense_overhead"] < 1
     median, low, high = result["packed_to_plain"]
     assert 0 < low <= median <= high < math.inf
+    assert result["dtype"] == "fp32"
+
+
+@pytest.mark.slow
+def test_the_token_roles_benchmark_trains_one_policy_in_bf16() -> None:
+    output = run("token_roles.py", "--quick", "--rounds=1", "--dtype=bf16", "--policy=route", timeout=300)
+    result = json.loads(output.splitlines()[-1])
+    assert (result["dtype"], list(result["efficiency"])) == ("bf16", ["route"])

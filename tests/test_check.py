@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from data_pipeline.text_tokenizer import train_text_tokenizer
 from data_pipeline.vocab import SPECIALS, Vocab
-from uvlm.check import check_same_words
+from uvlm.check import check_full_tail, check_same_words
 
 
 @pytest.fixture
@@ -46,3 +46,12 @@ def test_a_damaged_tokenizer_of_the_pretrained_model_is_named(pretrained: Path) 
     (pretrained / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer of the tokenizers library"):
         check_same_words(pretrained, Path("tokenizer"), Vocab(text, 16, "image"))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 49, 3_000, 2_999_999])
+def test_a_full_tail_shorter_than_a_step_is_refused_with_one_that_is_long_enough(steps: int) -> None:
+    check_full_tail(0.0, steps)
+    check_full_tail(1 / steps, steps)
+    with pytest.raises(ValueError, match=r"is less than a step; set policy\.full_tail=") as refusal:
+        check_full_tail(0.9 / steps, steps)
+    check_full_tail(float(str(refusal.value).rpartition("=")[2].removesuffix(", or 0")), steps)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
+from tests.helpers import tiny_model
 from uvlm import checkpoint
 from uvlm.checkpoint import MARKER, Position, check_fits, complete, fixed_values, load_latest
 from uvlm.config import Config, load_config
@@ -135,6 +136,26 @@ def test_a_finished_run_is_not_given_a_policy_it_was_not_trained_with(config: Co
         check_fits(other.run, fixed, world_size=1, last_step=5, policy=policy)
     check_fits(other.run, fixed, world_size=1, last_step=6, policy=policy)
     check_fits(other.run, fixed, world_size=1, last_step=5, policy=config.policy.model_dump(mode="json"))
+
+
+def test_a_run_that_began_with_pretrained_weights_keeps_what_their_config_says(config: Config, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "moved", tmp_path / "other"]
+    for folder, rope_theta in zip(folders, (1e4, 1e4, 1e6), strict=True):
+        tiny_model("qwen3").backbone.config.save_pretrained(folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": rope_theta}))
+    run = f"run={config.run}"
+    one, moved, other = (load_config(Path("demo"), [run, f"model={{pretrained: {folder}}}"]) for folder in folders)
+    sizes = one.model.model_dump(mode="json", exclude={"pretrained"})
+    fresh = load_config(Path("demo"), [run, f"model={json.dumps(sizes)}"])
+    _save(one, 1)
+    check_fits(config.run, fixed_values(moved, "vocab", 3), world_size=1, last_step=5)
+    for start in (other, fresh):
+        with pytest.raises(ValueError, match=r"was written with model.pretrained \(its config.json\)='"):
+            check_fits(config.run, fixed_values(start, "vocab", 3), world_size=1, last_step=5)
+    folders[0].joinpath("config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json; a run that began there needs it to go on"):
+        fixed_values(one, "vocab", 3)
 
 
 def test_projections_of_images_cannot_change_within_a_run(config: Config) -> None:

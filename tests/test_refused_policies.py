@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from data_pipeline.encode import IGNORED
 from tests.random_packs import IMAGE_LAST, MANY_IMAGES, TEXT_ONLY, pack_of
 from uvlm.config import dump_config, load_config, parse_config
-from uvlm.policies import Policy
+from uvlm.policies import Dense, ImagePolicy, Policy
+from uvlm.roles import BYPASS
 from uvlm.token_plan import TokenPlan
 
 
@@ -179,6 +180,22 @@ def test_stages_without_a_beginning_say_what_to_add() -> None:
     policy = {"name": "route", "first_layer": 1, "last_layer": 2, "keep": {0.5: 0.25}}
     with pytest.raises(ValueError, match=r"policy\.input\.keep.*add 0\.0: 0\.25"):
         parse_config(demo({"input": policy}))
+
+
+class _Leaves(ImagePolicy):
+    """A policy of a user, without a check of its own."""
+
+    name: Literal["leaves"] = "leaves"
+
+    def fill(self, roles_LM: np.ndarray, progress: float, generator: np.random.Generator) -> None:
+        roles_LM[1:] = BYPASS
+
+
+def test_a_policy_of_ones_own_may_not_leave_out_targets_for_good() -> None:
+    leaves: Any = _Leaves()
+    Policy.model_construct(input=leaves, target=Dense()).check(4)
+    with pytest.raises(ValueError, match=r"carry loss and never return; use policy\.target=\{name: dense\}"):
+        Policy.model_construct(input=Dense(), target=leaves).check(4)
 
 
 def test_misspelt_words_of_a_schedule_name_the_right_ones() -> None:

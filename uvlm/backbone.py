@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -113,12 +114,18 @@ def build_backbone(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
             f"safetensors ({reason})"
         ) from error
     if missing := sorted(report["missing_keys"]):  # they would be drawn at random
-        raise ValueError(
-            f"model.pretrained={config.pretrained} lacks weights: {missing[0]} and {len(missing) - 1} more"
-        )
+        raise ValueError(f"model.pretrained={config.pretrained} lacks {len(missing)} of its weights: {missing[0]}, ...")
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size)
     return model
+
+
+def fingerprint(pretrained: Path) -> str:
+    """16 hex characters over a pretrained folder's config.json: rotation, epsilons, whatever no weight holds."""
+    path = pretrained / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.pretrained={pretrained} has no config.json; a run that began there needs it to go on")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def use_fused_kernels(backbone: PreTrainedModel) -> bool:

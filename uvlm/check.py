@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from operator import itemgetter
 from pathlib import Path
@@ -57,11 +58,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
                 else f"set model.max_position={config.data.pack_tokens}"
             )
         )
-    if 0 < config.policy.full_tail * config.optim.steps < 1:
-        raise ValueError(
-            f"policy.full_tail={config.policy.full_tail} of optim.steps={config.optim.steps} is less than a step; "
-            f"set policy.full_tail={1 / config.optim.steps:.3g}, or 0"
-        )
+    check_full_tail(config.policy.full_tail, config.optim.steps)
     if config.run.exists() and not config.run.is_dir():
         raise ValueError(f"run={config.run} is a file; give the path of a folder")
     vocab = Vocab.load(config.data.tokenizer)
@@ -75,10 +72,19 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     return tree
 
 
+def check_full_tail(full_tail: float, steps: int) -> None:
+    """Raise ValueError where the dense end of a run would have no step."""
+    if 0 < full_tail * steps < 1 - 1e-9:
+        raise ValueError(
+            f"policy.full_tail={full_tail} of optim.steps={steps} is less than a step; "
+            f"set policy.full_tail={math.ceil(1e6 / steps) / 1e6}, or 0"
+        )
+
+
 def check_same_words(pretrained: Path, tokenizer: Path, vocab: Vocab) -> None:
     """Raise ValueError where a pretrained model numbers its tokens otherwise than `vocab`, read from `tokenizer`.
 
-    All would run, with the words of one for those of the other. A folder without tokenizer.json says nothing of it.
+    All would run, with the words of one for those of the other. A folder without tokenizer.json is taken on trust.
     """
     path = pretrained / "tokenizer.json"
     if not path.is_file():

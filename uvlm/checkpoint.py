@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from data_pipeline.files import replace_file
 from data_pipeline.loader import DataState
+from uvlm.backbone import fingerprint
 from uvlm.config import Config
 from uvlm.engine import Engine
 
@@ -152,7 +153,7 @@ def check_fits(
 
 def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
     """What a run may not change under its own checkpoints, by name. `vocab`: fingerprint of the vocabulary."""
-    tree = config.model_dump(mode="json", exclude={"model": {"pretrained"}})  # the checkpoint has its own weights
+    tree = config.model_dump(mode="json", exclude={"model": {"pretrained"}})  # a folder may move
     values: dict[str, Any] = {
         "vocabulary": vocab,
         "data.train (names)": [source.source().name for source in config.data.train],
@@ -163,6 +164,8 @@ def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         values[key] = value
+    if config.model.pretrained:
+        values["model.pretrained (its config.json)"] = fingerprint(config.model.pretrained)
     if any(own := config.policy.own_projections(config.model.num_layers)):
         values["policy.input_projections and policy.target_projections, by layer"] = own
     return values

@@ -6,7 +6,7 @@ model only reads the table, so a new method is one new file here and one more na
 The key of a role is what an image is *for* (input or target), never the document's task: an interleaved document holds
 both kinds. Any kind can have any policy, and projections of its own:
 
-    policy: {name: route, first_layer: 4, last_layer: 27, keep: 0.5}         # both kinds
+    policy: {name: route, first_layer: 4, last_layer: 23, keep: 0.5}         # both kinds
     policy:
       input: {name: himix}
       target: {name: hmgen, num_shallow: 3}
@@ -80,7 +80,7 @@ class Policy(Strict):
         if any((table.max(axis=0) < QUERY).any() or (table[-1] == BYPASS).any() for table in tables):
             raise ValueError(
                 f"policy.target.name={self.target.name} leaves out target tokens that carry loss and never return; "
-                "use policy.target.name=dense"
+                "use policy.target={name: dense}"
             )
 
     def at(self, progress: float) -> tuple[Policy, float]:

@@ -4,8 +4,9 @@
     keep: {start: 0.25, end: 1.0}          linear
     keep: {0.0: 0.25, 0.5: 0.5, 0.9: 1.0}  stages; a key is the share of the run after which its value holds
 
-Progress is the share of the run that is done, so a schedule fits runs of any length. It is a function of the step
-and of `optim.steps` alone: there is nothing to save, and a run that is made longer goes on at another point of it.
+Progress is the share of the run that is done, up to its full tail, so a schedule fits runs of any length. It is a
+function of the step, `optim.steps` and `policy.full_tail`: there is nothing to save, and a run that is made longer goes
+on at another point of it.
 """
 
 from typing import Annotated, Any
