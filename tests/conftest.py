@@ -15,3 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; 
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def triton_kernels() -> bool:
+    """Skips where Triton's kernels cannot run. Whether they run on a GPU, else under Triton's interpreter."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU here; `make test-flash` runs this under Triton's interpreter")
+    return False

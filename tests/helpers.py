@@ -9,7 +9,7 @@ from data_pipeline.encode import IMAGE, INSTRUCTION, OUTPUT, Encoded
 from data_pipeline.packing import Pack, make_pack
 from data_pipeline.schema import TASKS
 from uvlm.backbone import Family, ModelConfig, build_backbone
-from uvlm.model import UnifiedVLM
+from uvlm.model import Recompute, UnifiedVLM
 from uvlm.policies import Policy
 
 VOCAB_SIZE = 97
@@ -49,7 +49,12 @@ def mixed_pack(num_tokens: int = 128, name: tuple[int, int] = (0, 0)) -> Pack:
 
 
 def tiny_model(
-    family: Family = "qwen3", num_layers: int = 4, tie_embeddings: bool = False, policy: Policy | None = None
+    family: Family = "qwen3",
+    num_layers: int = 4,
+    tie_embeddings: bool = False,
+    policy: Policy | None = None,
+    recompute: Recompute = "none",
+    vocab_size: int = VOCAB_SIZE,
 ) -> UnifiedVLM:
     """A few thousand weights, the same at every call."""
     torch.manual_seed(0)
@@ -63,4 +68,4 @@ def tiny_model(
         head_dim=8,
         tie_embeddings=tie_embeddings,
     )
-    return UnifiedVLM(build_backbone(config, VOCAB_SIZE), policy)
+    return UnifiedVLM(build_backbone(config, vocab_size), policy, recompute)

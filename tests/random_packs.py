@@ -35,7 +35,7 @@ def image(height: int, width: int, loss: bool = False) -> Slot:
     return Slot(height * width + 2, loss, (height, width))
 
 
-def laid_out(slots: list[Slot], task: str, seed: int) -> Encoded:
+def laid_out(slots: list[Slot], task: str, seed: int | list[int]) -> Encoded:
     """The document of these slots with random words and codes."""
     generator = np.random.default_rng(seed)
     ids, starts, segments = [BOS], [], [SYSTEM]

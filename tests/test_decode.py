@@ -12,10 +12,11 @@ from transformers import DynamicCache
 
 from data_pipeline.encode import Encoded, encode
 from data_pipeline.packing import make_pack
+from tests.helpers import tiny_model
 from tests.test_schema import make_document
 from tests.test_vocab import make_vocab
 from uvlm.attention import cached_attention
-from uvlm.backbone import Family, ModelConfig, build_backbone
+from uvlm.backbone import Family
 from uvlm.decode import Decoder, first_slots
 from uvlm.model import UnifiedVLM
 from uvlm.policies import ImagePolicy, Policy
@@ -61,17 +62,7 @@ DOCUMENTS: dict[str, tuple[tuple[str | None, ...], tuple[bool, ...]]] = {
 
 def _model(family: Family, policy: Policy) -> UnifiedVLM:
     """Random weights everywhere, so that no bias, norm or projection of a kind could be left out unnoticed."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        family=family,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=NUM_LAYERS,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-    )
-    model = UnifiedVLM(build_backbone(config, VOCAB.size), policy)
+    model = tiny_model(family, NUM_LAYERS, tie_embeddings=True, policy=policy, vocab_size=VOCAB.size)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, mean=1.0 if weight.ndim == 1 else 0.0, std=0.2)
     return model.eval()

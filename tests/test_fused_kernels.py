@@ -7,7 +7,6 @@ filled in below. That proves that the right modules are patched and that they me
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any, get_args
 
 import pytest
@@ -24,10 +23,8 @@ pytestmark = [pytest.mark.flash, pytest.mark.filterwarnings("ignore::Deprecation
 
 
 @pytest.fixture(autouse=True)
-def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+def liger(monkeypatch: pytest.MonkeyPatch, triton_kernels: bool) -> None:
     """Liger kernels that run on this machine; the classes that they patch in transformers come back afterwards."""
-    if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU here; `make test-flash` runs this under Triton's interpreter")
     if importlib.util.find_spec("liger_kernel") is None:
         pytest.fail("the Liger kernels are not installed; install them: pip install 'uvlm[gpu]'")
     from transformers.models.llama import modeling_llama
@@ -37,7 +34,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (modeling_llama, modeling_qwen2, modeling_qwen3):
         for name in [name for name in vars(module) if name.endswith(("RMSNorm", "MLP"))]:
             monkeypatch.setattr(module, name, getattr(module, name))
-    if not ON_GPU:
+    if not triton_kernels:
         _fill_gaps_of_the_interpreter(monkeypatch)
 
 

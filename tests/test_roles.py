@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ from tests.random_packs import (
 )
 from tests.reference import reference
 from tests.test_refused_policies import image_policies
+from uvlm.backbone import Family
 from uvlm.model import Recompute, UnifiedVLM
 from uvlm.policies import Policy
 from uvlm.token_plan import TokenPlan
 
 NUM_LAYERS = 5
-Family = Literal["llama", "qwen2", "qwen3"]
 
 _PYRAMID = {"name": "pyramid", "layers": [0, 2, 3], "keep": [0.75, 0.5, 0.25]}
 _POLICIES: dict[str, dict[str, Any]] = {
@@ -113,7 +113,7 @@ def model_of(policy: Policy, family: Family = "qwen3", recompute: Recompute = "n
 @functools.cache
 def _model(policy: str, family: Family, recompute: Recompute) -> UnifiedVLM:
     """Weights large enough that attention is far from uniform, and images' own projections unlike the shared ones."""
-    model = UnifiedVLM(tiny_model(family, NUM_LAYERS).backbone, Policy.model_validate_json(policy), recompute)
+    model = tiny_model(family, NUM_LAYERS, policy=Policy.model_validate_json(policy), recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __name__ == "__main__":  # before torch is imported
     from uvlm.distributed import prepare_environment
@@ -26,18 +26,19 @@ if __name__ == "__main__":  # before torch is imported
 import numpy as np
 import torch
 
-from data_pipeline.encode import IGNORED, IMAGE, INSTRUCTION, OUTPUT, Encoded
+from data_pipeline.encode import IGNORED
 from data_pipeline.packing import Pack, make_pack
 from data_pipeline.schema import TASKS
-from uvlm.backbone import ModelConfig, build_backbone
+from tests.helpers import tiny_model
+from tests.random_packs import Slot, image, laid_out, text
+from uvlm.backbone import Family
 from uvlm.model import Recompute, UnifiedVLM
 from uvlm.policies import Policy
 from uvlm.token_plan import TokenPlan
 
-VOCAB_SIZE = 97
 NUM_LAYERS = 3
 NUM_RANKS = 2
-PACK_TOKENS = 80
+PACK_TOKENS = 96
 HANG_SECONDS = 240
 # A large epsilon: Adam turns a gradient of pure rounding error into a full step where it is much larger than epsilon.
 ADAM: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
@@ -62,7 +63,7 @@ class Case:
     accumulation: int = 1
     recompute: Recompute = "none"
     tie_embeddings: bool = False
-    family: Literal["llama", "qwen2", "qwen3"] = "qwen3"
+    family: Family = "qwen3"
 
 
 _HIMIX = {"input": {"name": "himix"}, "target": {"name": "himix", "layers": [1]}}
@@ -111,20 +112,9 @@ CASES = _cases()
 
 def build(case: Case) -> UnifiedVLM:
     """The same weights at every call, larger than usual: so attention is far from uniform and every gradient counts."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        family=case.family,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=NUM_LAYERS,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        tie_embeddings=case.tie_embeddings,
-    )
     policy = Policy.model_validate(case.policy)
     policy.check(NUM_LAYERS)
-    model = UnifiedVLM(build_backbone(config, VOCAB_SIZE), policy, case.recompute)
+    model = tiny_model(case.family, NUM_LAYERS, case.tie_embeddings, policy, case.recompute)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5.0 if parameter.ndim == 2 else 1.0).add_(0.02 * torch.randn_like(parameter))
@@ -145,29 +135,19 @@ def batch(case: Case, step: int, micro_step: int, rank: int) -> tuple[Pack, Toke
 
 def pack_of(task: str, name: tuple[int, int]) -> Pack:
     """Two documents of one task and an unused tail."""
-    return make_pack([_document(task, [*name, i]) for i in range(2)], PACK_TOKENS, 0, name)
+    seeds = [[TASKS.index(task), *name, number] for number in range(2)]
+    documents = [laid_out(_slots(task, seed), task, seed) for seed in seeds]
+    return make_pack(documents, PACK_TOKENS, 0, name)
 
 
-def _document(task: str, seed: list[int]) -> Encoded:
-    """Text with images of random ids: "t" text, "T" text with loss, "i" an input image, "I" a target image."""
-    slots = {"understand": "tiT", "generate": "tIt", "interleave": "itIT", "text": "tTt"}[task]
-    random = np.random.default_rng([TASKS.index(task), *seed])
-    lengths = [int(random.integers(2, 8)) if slot in "tT" else 12 for slot in slots]
-    starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    images = [i for i, slot in enumerate(slots) if slot in "iI"]
-    segments = {"t": INSTRUCTION, "T": OUTPUT, "i": IMAGE, "I": IMAGE}
-    return Encoded(
-        ids=random.integers(0, VOCAB_SIZE, sum(lengths)),
-        slot_lengths=lengths,
-        slot_segments=[segments[slot] for slot in slots],
-        slot_losses=[slot.isupper() for slot in slots],
-        task=TASKS.index(task),
-        source="test",
-        doc_id=f"{task}-{seed}",
-        image_starts=[starts[i] for i in images],
-        image_shapes=[(3, 4)] * len(images),
-        image_targets=[slots[i] == "I" for i in images],
-    )
+def _slots(task: str, seed: list[int]) -> list[Slot]:
+    """Texts of random lengths and images: "t" text, "T" text with loss, "i" an input image, "I" a target image."""
+    random = np.random.default_rng(seed)
+    kinds = {"understand": "tiT", "generate": "tIt", "interleave": "itIT", "text": "tTt"}[task]
+    return [
+        text(int(random.integers(2, 8)), loss=kind == "T") if kind in "tT" else image(3, 4, loss=kind == "I")
+        for kind in kinds
+    ]
 
 
 def _deepspeed_config(case: Case) -> dict[str, Any]:

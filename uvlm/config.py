@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from data_pipeline.schema import TASKS
 from data_pipeline.sources import OverLong, Source
 from uvlm.backbone import ModelConfig
+from uvlm.model import Recompute
 from uvlm.optim import OptimConfig
 from uvlm.policies import AnyImagePolicy, ImagePolicy, Policy, expand
 from uvlm.policies.ratio import FORMS, Linear
@@ -92,7 +93,7 @@ class Config(Strict):
     loss: LossConfig = LossConfig()
     optim: OptimConfig
     dtype: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         default="none", description="activations that the backward pass computes again to save memory"
     )
     deepspeed: DeepSpeedJson = Field(default=Path("zero3.json"), description="a path, or a name in ds_configs/")
