@@ -85,3 +85,17 @@ def test_the_token_roles_benchmark_trains_one_policy_in_bf16() -> None:
     output = run("token_roles.py", "--quick", "--rounds=1", "--dtype=bf16", "--policy=route", timeout=300)
     result = json.loads(output.splitlines()[-1])
     assert (result["dtype"], list(result["efficiency"])) == ("bf16", ["route"])
+
+
+@pytest.mark.slow
+def test_the_training_memory_benchmark_runs_every_way_to_start_and_ends_with_its_fits() -> None:
+    result = json.loads(run("train_memory.py", "--quick", timeout=900).splitlines()[-1])
+    ways = [(row["way"], row["num_ranks"], row["num_layers"]) for row in result["rows"]]
+    sharded = [("in shards", ranks, layers) for ranks in (1, 2) for layers in (2, 4)]
+    assert ways == [*sharded, ("in shards, shipped buffers", 2, 4), ("whole model first", 2, 4)]
+    phases = {"build", "engine", "steps", "save", "model", "step while saving"}
+    assert set(result["fits"]) == phases
+    for row in result["rows"]:
+        assert all(row[phase] > 2 * row["parameters"] / row["num_ranks"] for phase in phases), row
+    assert all(math.isfinite(value) for fit in result["fits"].values() for value in fit.values())
+    assert result["no_rank_holds_the_full_fp32_model"] is None, "tiny models cannot show it"

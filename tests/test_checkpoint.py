@@ -145,13 +145,13 @@ def test_a_run_that_began_with_pretrained_weights_keeps_what_their_config_says(c
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": rope_theta}))
     run = f"run={config.run}"
-    one, moved, other = (load_config(Path("demo"), [run, f"model={{pretrained: {folder}}}"]) for folder in folders)
-    sizes = one.model.model_dump(mode="json", exclude={"pretrained"})
+    one, moved, other = (load_config(Path("demo"), [run, f"model={{init_from: {folder}}}"]) for folder in folders)
+    sizes = one.model.model_dump(mode="json", exclude={"init_from"})
     fresh = load_config(Path("demo"), [run, f"model={json.dumps(sizes)}"])
     _save(one, 1)
     check_fits(config.run, fixed_values(moved, "vocab", 3), world_size=1, last_step=5)
     for start in (other, fresh):
-        with pytest.raises(ValueError, match=r"was written with model.pretrained \(its config.json\)='"):
+        with pytest.raises(ValueError, match=r"was written with model.init_from \(its config.json\)='"):
             check_fits(config.run, fixed_values(start, "vocab", 3), world_size=1, last_step=5)
     folders[0].joinpath("config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json; a run that began there needs it to go on"):

@@ -61,13 +61,6 @@ def test_workers_that_do_not_divide_and_documents_beyond_the_model_are_refused(c
     assert "set model.max_position=8192" in _refused("train", str(config), "data.pack_tokens=8192")
 
 
-def test_tasks_of_srun_without_ranks_are_refused(config: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    assert "slurm/train.sbatch" in _refused(
-        "train", str(config), environment={**environment, "SLURM_STEP_NUM_TASKS": "2"}
-    )
-
-
 def test_too_little_disk_is_refused_before_anything_is_written(config: Path, tmp_path: Path) -> None:
     # A model of a trillion weights needs more disk than any machine that runs this test.
     sentence = _refused("train", str(config), f"run={tmp_path / 'run'}", "model.intermediate_size=5000000000")

@@ -60,7 +60,7 @@ def _loss_and_gradients(model: UnifiedVLM, policy: Policy) -> list[torch.Tensor]
     device = next(model.parameters()).device
     pack = mixed_pack()
     plan = TokenPlan.of(pack, policy, model.num_layers)
-    loss, _ = model(pack.to(device), plan.to(device), torch.ones(len(plan.supervised), device=device))
+    loss, *_ = model(pack.to(device), plan.to(device), torch.ones(len(plan.supervised), device=device))
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 

@@ -17,6 +17,7 @@ from uvlm.backbone import Family, ModelConfig, build_backbone
 from uvlm.model import UnifiedVLM
 from uvlm.policies import Policy
 from uvlm.token_plan import TokenPlan
+from uvlm.weights import Weights, check_weights, fill
 
 
 def _bounds(pack: Pack) -> list[tuple[int, int]]:
@@ -65,7 +66,7 @@ def test_dense_logits_and_gradients_equal_transformers_own_model_and_survive_its
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(theirs.lm_head) is torch.nn.Linear
     _assert_equal_to_transformers(model, theirs, pack)
-    from_folder = UnifiedVLM(build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE))
+    from_folder = _started_from(tmp_path)
     _assert_equal_to_transformers(from_folder, theirs, pack)
 
 
@@ -81,11 +82,19 @@ def test_a_rotation_that_is_scaled_in_the_pretrained_folder_stays_scaled(tmp_pat
     }
     backbone.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    model = UnifiedVLM(build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE))
+    model = _started_from(tmp_path)
     _assert_equal_to_transformers(model, theirs, mixed_pack())
     plain = UnifiedVLM(backbone).logits(mixed_pack(), _dense_plan(model, mixed_pack()))
     scaled = model.logits(mixed_pack(), _dense_plan(model, mixed_pack()))
     assert (plain - scaled).norm() > 1e-3 * plain.norm(), "the scaling matters here"
+
+
+def _started_from(folder: Path, vocab_size: int = VOCAB_SIZE) -> UnifiedVLM:
+    model = UnifiedVLM(build_backbone(ModelConfig.model_validate({"init_from": folder}), vocab_size))
+    weights = Weights(folder)
+    check_weights(model, weights)
+    fill(model, seed=0, weights=weights)
+    return model
 
 
 def test_a_pretrained_vocabulary_grows_at_its_end_and_old_words_keep_their_rows(tmp_path: Path) -> None:
@@ -93,8 +102,8 @@ def test_a_pretrained_vocabulary_grows_at_its_end_and_old_words_keep_their_rows(
         folder = tmp_path / str(tie_embeddings)
         tiny_model("qwen2", tie_embeddings=tie_embeddings).backbone.save_pretrained(folder)
         before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        config = ModelConfig.model_validate({"pretrained": folder})
-        grown = build_backbone(config, VOCAB_SIZE + 11)
+        config = ModelConfig.model_validate({"init_from": folder})
+        grown = _started_from(folder, VOCAB_SIZE + 11).backbone
         assert grown.config.vocab_size == VOCAB_SIZE + 11
         for name in ("model.embed_tokens", "lm_head"):
             weight = grown.get_submodule(name).weight
@@ -106,16 +115,16 @@ def test_a_pretrained_vocabulary_grows_at_its_end_and_old_words_keep_their_rows(
 
 def test_sizes_are_read_from_the_pretrained_folder_and_a_contradiction_names_both(tmp_path: Path) -> None:
     tiny_model("llama", num_layers=3).backbone.save_pretrained(tmp_path)
-    config = ModelConfig.model_validate({"pretrained": str(tmp_path)})
+    config = ModelConfig.model_validate({"init_from": str(tmp_path)})
     assert (config.family, config.num_layers, config.hidden_size, config.head_dim) == ("llama", 3, 32, 8)
     assert config.tie_embeddings is False
     with pytest.raises(ValueError, match=r"num_layers=5, but .* has 3; remove num_layers"):
-        ModelConfig.model_validate({"pretrained": str(tmp_path), "num_layers": 5})
+        ModelConfig.model_validate({"init_from": str(tmp_path), "num_layers": 5})
     resolved = config.model_dump(mode="json")
     (tmp_path / "config.json").rename(tmp_path / "gone.json")
     assert ModelConfig.model_validate(resolved) == config, "a finished run is readable without its starting point"
-    with pytest.raises(ValueError, match=r"has no config.json; give the folder"):
-        ModelConfig.model_validate({"pretrained": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"has no config.json; give a finished run, or the folder"):
+        ModelConfig.model_validate({"init_from": str(tmp_path)})
 
 
 @pytest.mark.parametrize(
@@ -134,20 +143,20 @@ def test_a_folder_that_is_not_what_it_says_is_refused(change: dict[str, Any], se
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=sentence):
-        UnifiedVLM(build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE))
+        _started_from(tmp_path)
 
 
 def test_weights_that_are_cut_are_named(tmp_path: Path) -> None:
     tiny_model().backbone.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model.pretrained=.* cannot be read"):
-        build_backbone(ModelConfig.model_validate({"pretrained": tmp_path}), VOCAB_SIZE)
+    with pytest.raises(ValueError, match=r"model.init_from=.* cannot be read"):
+        _started_from(tmp_path)
 
 
 def test_before_weights_are_read_a_folder_gives_its_own_shapes(tmp_path: Path) -> None:
     tiny_model("qwen2").backbone.save_pretrained(tmp_path)  # with biases, which no key of ours names
-    config = ModelConfig.model_validate({"pretrained": tmp_path})
+    config = ModelConfig.model_validate({"init_from": tmp_path})
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in build_backbone(config, VOCAB_SIZE + 3).named_parameters()}
     built = build_backbone(config, VOCAB_SIZE + 3)
@@ -157,7 +166,7 @@ def test_before_weights_are_read_a_folder_gives_its_own_shapes(tmp_path: Path) -
 def test_every_weight_gets_a_gradient_from_a_pack_without_supervision() -> None:
     model, pack = tiny_model(), mixed_pack()
     pack.labels[:] = -100
-    loss, nll = model(pack, _dense_plan(model, pack), torch.zeros(0))
+    loss, nll, _ = model(pack, _dense_plan(model, pack), torch.zeros(0))
     assert nll.shape == (0,)
     assert loss == 0
     loss.backward()

@@ -131,7 +131,7 @@ def _weights(plan: TokenPlan) -> torch.Tensor:
 def _run(model: UnifiedVLM, pack: Pack, plan: TokenPlan) -> dict[str, torch.Tensor]:
     """Logits, and the gradient of each parameter that has one."""
     model.zero_grad()
-    loss, _ = model(pack, plan, _weights(plan))
+    loss, *_ = model(pack, plan, _weights(plan))
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
@@ -324,7 +324,7 @@ def _calls(model: UnifiedVLM, pack: Pack, plan: TokenPlan) -> list[str]:
                 called.append(name)
 
             handles.append(module.register_forward_pre_hook(record))
-    loss, _ = model(pack, plan, _weights(plan))
+    loss, *_ = model(pack, plan, _weights(plan))
     loss.backward()
     for handle in handles:
         handle.remove()

@@ -1,7 +1,8 @@
-"""`slurm/train.sbatch` on a real Slurm: two nodes, started on this machine by `slurm_cluster.sh`.
+"""`slurm/train.sbatch`, and srun without it, on a real Slurm: two nodes, started on this machine by `slurm_cluster.sh`.
 
-One test trains with the real `uvlm`. The others exchange the program by the same means that a user has: the cluster's
-`env.sh`, here one that puts a small `uvlm` first on the PATH. It really joins a gloo process group over both nodes.
+Two tests train with the real `uvlm`. The others of train.sbatch exchange the program by the same means that a user has:
+the cluster's `env.sh`, here one that puts a small `uvlm` first on the PATH. It really joins a gloo process group over
+both nodes.
 """
 
 import contextlib
@@ -214,3 +215,65 @@ def test_a_missing_env_file_is_named(cluster: Path, tmp_path: Path, monkeypatch:
     job = submit(cluster, tmp_path, ["config.yaml"])
     assert job.status == 2
     assert str(tmp_path / "nowhere.sh") in job.output
+
+
+def srun(conf: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Two tasks, one on each node, of `python ARGUMENTS`, without train.sbatch and torchrun."""
+    environment = os.environ | {"SLURM_CONF": str(conf), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
+    command = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable, *arguments]
+    return subprocess.run(
+        command, env=environment | variables, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_srun_alone_trains_over_two_nodes(cluster: Path, tmp_path: Path) -> None:
+    config = write_corpus(tmp_path)
+    result = srun(cluster, "-m", "uvlm", "train", str(config), "optim.steps=3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("2 rank(s)") == 1
+    records = [record for record in read_records(tmp_path / "run") if "loss/mean" in record]
+    assert [record["step"] for record in records] == [1, 2, 3]
+
+
+def test_ranks_left_over_in_the_environment_of_srun_are_refused(cluster: Path, tmp_path: Path) -> None:
+    config = write_corpus(tmp_path)
+    result = srun(cluster, "-m", "uvlm", "train", str(config), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    assert result.returncode != 0  # that of the task that was refused first, or of the other that srun then ended
+    assert "error: srun started SLURM_STEP_NUM_TASKS=2 tasks, but WORLD_SIZE=1 with RANK=0" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+WHERE_TASKS_MEET = """
+import os, time
+from uvlm.distributed import export_world, world
+try:
+    export_world()
+except ValueError as error:
+    raise SystemExit(str(error))
+if world().rank:
+    time.sleep(600)  # as long as a rank waits for the first one
+print(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+"""
+
+
+def test_a_taken_port_ends_srun_with_a_sentence(cluster: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for port in range(10000, 10200):  # where all jobs of this small cluster would meet
+            listener = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", port))
+                listener.listen()
+        result = srun(cluster, "-c", WHERE_TASKS_MEET)
+    assert result.returncode != 0
+    assert "is taken (Address already in use); set MASTER_PORT to a free one before srun" in result.stderr
+
+
+def test_a_batch_script_of_several_tasks_is_one_process_without_srun(cluster: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/sh\n{sys.executable} -c 'import uvlm.distributed as d; print(d.world())'\n")
+    environment = os.environ | {"SLURM_CONF": str(cluster), "PYTHONPATH": str(REPOSITORY)}
+    command = ["sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path / 'out'}", str(script)]
+    job = subprocess.check_output(command, env=environment, timeout=30, text=True).strip()
+    subprocess.run(["bash", CLUSTER, "wait", cluster.parent, job], check=True, timeout=60, capture_output=True)
+    assert (tmp_path / "out").read_text() == "World(rank=0, size=1, local_rank=0)\n"

@@ -25,10 +25,10 @@ from uvlm.config import Config, load_config
 from uvlm.losses import by_task, task_counts, task_ids, task_scales, task_sums
 from uvlm.metrics import read_records
 from uvlm.model import UnifiedVLM
-from uvlm.optim import learning_rate, parameter_groups
+from uvlm.optim import apply_learning_rate, learning_rate, parameter_groups, settings
 from uvlm.run_folder import load_model
 from uvlm.token_plan import TokenPlan
-from uvlm.train import start_from_projections
+from uvlm.weights import Weights, check_weights, fill
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,13 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_uninterrupted_one(config: P
 def _plain_loop(config: Config) -> Iterator[dict[str, float]]:
     """The same training in plain PyTorch, one process, one batch: what every split over ranks must equal."""
     vocab = Vocab.load(config.data.tokenizer)
-    torch.manual_seed(config.seed)
     model = UnifiedVLM(build_backbone(config.model, vocab.size), config.policy)
+    fill(model, config.seed)
     optim = config.optim
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps)
+    model.backbone.lm_head.z_loss = config.loss.z_loss
+    groups = parameter_groups(model, optim)
+    own = settings(groups)
+    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
     data = config.data
     sources = [source.source() for source in data.train]
     loader = Loader(sources, vocab, pack_tokens=data.pack_tokens, num_rows=data.num_rows, seed=config.seed)
@@ -101,12 +104,11 @@ def _plain_loop(config: Config) -> Iterator[dict[str, float]]:
         for pack in packs:
             plan = TokenPlan.of(pack, config.policy, config.model.num_layers, config.seed, step / optim.steps)
             ids = task_ids(pack)
-            loss, nll = model(pack, plan, task_scales(counts, config.loss.weights, num_micro_batches=1)[ids])
+            loss, nll, _ = model(pack, plan, task_scales(counts, config.loss.weights, num_micro_batches=1)[ids])
             loss.backward()
             sums += task_sums(nll, ids)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.gradient_clipping).item()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step)
+        apply_learning_rate(optimizer.param_groups, own, learning_rate(optim, step))
         optimizer.step()
         optimizer.zero_grad()
         losses = by_task(sums / counts.clamp(min=1), counts)
@@ -124,6 +126,11 @@ def one_task_a_rank(config: Path) -> Config:
         "loss.weights={understand: 3.0, generate: 0.5}",
         "optim.steps=8",
         "optim.gradient_clipping=0.5",
+        "optim.schedule=wsd",
+        "optim.decay_share=0.25",
+        "optim.embedding_rate=0.5",
+        "optim.projection_rate=2.0",
+        "loss.z_loss=0.01",
         "policy.keep={start: 0.25, end: 1.0}",
         "policy.full_tail=0.25",
         "policy.target_projections=qkv",
@@ -154,9 +161,9 @@ def test_projections_of_images_belong_to_the_finished_model(one_task_a_rank: Con
     assert sorted(own) == ["target_k", "target_q", "target_v"]
     assert not torch.equal(own["target_q"].weight, attention.q_proj.weight), "it was trained apart"
     with pytest.raises(ValueError, match="which are not those of this policy; give the policy it was trained with"):
-        start_from_projections(UnifiedVLM(model.backbone), run / "model")
+        check_weights(UnifiedVLM(model.backbone), Weights(run / "model"))
     started = UnifiedVLM(model.backbone, one_task_a_rank.policy)
-    start_from_projections(started, run / "model")
+    fill(started, 0, Weights(run / "model"))
     assert torch.equal(started.image_projections.state_dict()["0.target_q.weight"], own["target_q"].weight)
     (run / "model" / "image_projections.safetensors").unlink()
     with pytest.raises(ValueError, match=r"image_projections.safetensors.*start the training again"):

@@ -29,7 +29,7 @@ def test_every_parameter_gets_a_gradient_from_every_pack(name: str) -> None:
         for micro_step, tasks in enumerate(micro_steps):
             for rank, task in enumerate(tasks):
                 model.zero_grad(set_to_none=True)
-                loss, _ = model(*batch(case, step, micro_step, rank))
+                loss, *_ = model(*batch(case, step, micro_step, rank))
                 loss.backward()
                 without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
                 assert not without, f"step {step}, a pack of {task}"
@@ -69,7 +69,7 @@ def _train(case: Case) -> dict[str, Any]:
     for step, micro_steps in enumerate(STEPS[case.accumulation]):
         for micro_step in range(len(micro_steps)):
             for rank in range(NUM_RANKS):
-                loss, _ = model(*batch(case, step, micro_step, rank))
+                loss, *_ = model(*batch(case, step, micro_step, rank))
                 (loss / (NUM_RANKS * case.accumulation)).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()

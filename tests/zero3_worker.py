@@ -133,10 +133,12 @@ def batch(case: Case, step: int, micro_step: int, rank: int) -> tuple[Pack, Toke
     return pack, plan, weights_S * NUM_RANKS * case.accumulation
 
 
-def pack_of(task: str, name: tuple[int, int]) -> Pack:
-    """Two documents of one task and an unused tail."""
-    seeds = [[TASKS.index(task), *name, number] for number in range(2)]
-    documents = [laid_out(_slots(task, seed), task, seed) for seed in seeds]
+def pack_of(task: str, name: tuple[int, int], second_task: str | None = None) -> Pack:
+    """Two documents, of one task or of two, and an unused tail."""
+    documents = []
+    for number, one in enumerate((task, second_task or task)):
+        seed = [TASKS.index(one), *name, number]
+        documents.append(laid_out(_slots(one, seed), one, seed))
     return make_pack(documents, PACK_TOKENS, 0, name)
 
 
@@ -178,7 +180,7 @@ def _train(case: Case, rank: int) -> dict[str, Any]:
     gradients = []
     for step, micro_steps in enumerate(STEPS[case.accumulation]):
         for micro_step in range(len(micro_steps)):
-            loss, _ = engine(*batch(case, step, micro_step, rank))
+            loss, *_ = engine(*batch(case, step, micro_step, rank))
             engine.backward(loss)
             if micro_step == case.accumulation - 1:
                 gradients.append({name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()})

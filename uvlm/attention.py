@@ -65,12 +65,12 @@ def cached_attention(q_BNH: torch.Tensor, k_BSGH: torch.Tensor, v_BSGH: torch.Te
 
 
 def missing_backend(dtype: str) -> str | None:
-    """A sentence with the remedy where this machine's attention cannot run in `dtype` ("bf16" or "fp32")."""
+    """A sentence with the remedy where this machine's attention cannot run in `dtype` ("bf16", "fp16" or "fp32")."""
     if not torch.cuda.is_available():
         return None
     if importlib.util.find_spec("flash_attn") is None:
         return "attention on a GPU needs flash-attn, which is not installed; install it: pip install 'uvlm[gpu]'"
-    return None if dtype == "bf16" else f"flash-attn has no kernel for dtype={dtype}; set dtype=bf16"
+    return None if dtype in ("bf16", "fp16") else f"flash-attn has no kernel for dtype={dtype}; set dtype=bf16"
 
 
 def _on_cpu(

@@ -1,15 +1,18 @@
-"""The backbone: an ordinary `transformers` causal language model, from a configuration or from a pretrained folder."""
+"""The backbone: an ordinary `transformers` causal language model, by sizes or by those of a folder.
+
+What its weights start from is weights.py's business: under ZeRO-3 no process ever holds all of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from uvlm.strict import Strict
@@ -18,6 +21,8 @@ from uvlm.strict import Strict
 # Another one of this shape comes in by its name here; test_model.py then holds it against transformers' own forward
 # pass.
 Family = Literal["llama", "qwen2", "qwen3"]
+# For every from_pretrained: nothing is downloaded, and no code of a folder runs.
+LOCAL_DATA: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _FROM_FOLDER = {
     "family": "model_type",
     "hidden_size": "hidden_size",
@@ -32,10 +37,14 @@ _FROM_FOLDER = {
 
 
 class ModelConfig(Strict):
-    """The backbone. `pretrained` alone is enough; without it the sizes are. Names are the field's."""
+    """The backbone. `init_from` alone is enough; without it the sizes are. Names are the field's."""
 
-    pretrained: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
-        default=None, description="Hugging Face folder to start from; the sizes below are then read from it"
+    init_from: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        default=None,
+        description="finished run or Hugging Face folder whose weights training starts from; the sizes are read there",
+    )
+    freeze: list[str] = Field(
+        default=[], description="weights that are not trained, by name, such as 'model.layers.0.*' or 'lm_head.weight'"
     )
     family: Family = "qwen3"
     hidden_size: int = Field(gt=0)
@@ -54,13 +63,13 @@ class ModelConfig(Strict):
     @classmethod
     def _sizes_of_the_folder(cls, tree: Any) -> Any:
         """Fill in what the folder's config.json says; a size that contradicts it is an error with both values."""
-        if not isinstance(tree, dict) or not tree.get("pretrained"):
+        if not isinstance(tree, dict) or not tree.get("init_from"):
             return tree
-        folder = Path(str(tree["pretrained"]))
+        folder = weights_folder(Path(str(tree["init_from"])))
         if not (folder / "config.json").is_file():
             if {name for name, field in cls.model_fields.items() if field.is_required()} <= set(tree):
                 return tree  # a resolved config of a finished run reads without its starting point
-            raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+            raise ValueError(f"{folder} has no config.json; give a finished run, or the folder of a Hugging Face model")
         read = _read_sizes(folder)
         for name, value in read.items():
             if tree.get(name, value) != value:
@@ -70,61 +79,72 @@ class ModelConfig(Strict):
 
 def _read_sizes(folder: Path) -> dict[str, Any]:
     try:
-        found = AutoConfig.from_pretrained(folder)
+        model_type = json.loads((folder / "config.json").read_bytes())["model_type"]
+        # For a type that it does not know, transformers would ask whether to run the folder's own code.
+        found = AutoConfig.from_pretrained(folder, **LOCAL_DATA) if model_type in get_args(Family) else None
     except Exception as error:  # transformers raises what its checks of each family raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}/config.json is not that of a Hugging Face language model: {reason}") from None
-    if found.model_type not in get_args(Family):
-        raise ValueError(f"{folder} holds a {found.model_type} model; the families are {', '.join(get_args(Family))}")
+    if found is None:
+        raise ValueError(f"{folder} holds a {model_type} model; the families are {', '.join(get_args(Family))}")
     sizes: dict[str, Any] = {name: getattr(found, theirs, None) for name, theirs in _FROM_FOLDER.items()}
     sizes["num_kv_heads"] = sizes["num_kv_heads"] or sizes["num_heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // max(1, sizes["num_heads"])
     return sizes
 
 
-def build_backbone(config: ModelConfig, vocab_size: int) -> PreTrainedModel:
-    """An fp32 backbone of at least `vocab_size` words: the pretrained one, or a fresh one seeded by
-    `torch.manual_seed`.
+def weights_folder(init_from: Path) -> Path:
+    """The Hugging Face folder that `model.init_from` names: itself, or the trained model of a run folder.
 
-    Under `torch.device("meta")` no weight is read or made. A pretrained vocabulary grows at its end; the new rows are
-    drawn around the mean of the old ones, as `transformers` does it.
+    ValueError where a run has none yet.
+    """
+    if not (init_from / "config.yaml").is_file():
+        return init_from
+    if not (init_from / "model").is_dir():
+        raise ValueError(
+            f"model.init_from={init_from} is a run without a trained model; bring it to its end, or export its last "
+            f"checkpoint (uvlm export {init_from} OUT) and give OUT"
+        )
+    return init_from / "model"
+
+
+def build_backbone(config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A backbone of at least `vocab_size` words (a folder's vocabulary grows at its end and never shrinks).
+
+    Its weights are drawn by the global generator where it is built on a real device; `weights.fill` gives them the
+    values that training starts from. Its rotation is fp32 whatever `dtype` is.
 
     Raises:
-        ValueError: heads that do not divide, or a pretrained folder that cannot be read.
+        ValueError: heads that do not divide, or an unreadable config.json.
     """
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"model.num_heads={config.num_heads} does not divide over model.num_kv_heads={config.num_kv_heads} groups; "
             f"use num_kv_heads={config.num_heads}"
         )
-    if config.pretrained is None:
-        return AutoModelForCausalLM.from_config(_fresh_config(config, vocab_size), dtype=torch.float32)
-    try:
-        if torch.empty(0).device.type == "meta":
-            hf_config = AutoConfig.from_pretrained(config.pretrained)
-            hf_config.vocab_size = max(vocab_size, hf_config.vocab_size)
-            return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            config.pretrained, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model.pretrained={config.pretrained} cannot be read; it needs the weights of its config.json as "
-            f"safetensors ({reason})"
-        ) from error
-    if missing := sorted(report["missing_keys"]):  # they would be drawn at random
-        raise ValueError(f"model.pretrained={config.pretrained} lacks {len(missing)} of its weights: {missing[0]}, ...")
-    if vocab_size > model.config.vocab_size:
-        model.resize_token_embeddings(vocab_size)
-    return model
+    if config.init_from is None:
+        hf_config = _fresh_config(config, vocab_size)
+    else:
+        hf_config = AutoConfig.from_pretrained(weights_folder(config.init_from), **LOCAL_DATA)
+        hf_config.vocab_size = max(vocab_size, hf_config.vocab_size)
+    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
 
 
-def fingerprint(pretrained: Path) -> str:
-    """16 hex characters over a pretrained folder's config.json: rotation, epsilons, whatever no weight holds."""
-    path = pretrained / "config.json"
+def restore_rotation(backbone: PreTrainedModel) -> None:
+    """Make the table of rotary frequencies anew, in fp32.
+
+    Inside `deepspeed.zero.Init` every floating-point tensor is made in the training dtype, this one too. In bf16 a
+    frequency is off by up to 0.4%, an angle by half a turn at position 7,190, and nothing says so (run, heads of 64).
+    """
+    old = backbone.model.rotary_emb
+    backbone.model.rotary_emb = type(old)(backbone.config).to(old.inv_freq.device)
+
+
+def fingerprint(init_from: Path) -> str:
+    """16 hex characters over a folder's config.json: rotation, epsilons, whatever no weight holds."""
+    path = weights_folder(init_from) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.pretrained={pretrained} has no config.json; a run that began there needs it to go on")
+        raise ValueError(f"model.init_from={init_from} has no config.json; a run that began there needs it to go on")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 

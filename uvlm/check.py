@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from operator import itemgetter
@@ -15,13 +16,15 @@ from data_pipeline.sources import open_sources
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint
 from uvlm.attention import missing_backend
-from uvlm.backbone import build_backbone
+from uvlm.backbone import build_backbone, weights_folder
 from uvlm.config import Config
-from uvlm.engine import compiler_missing, read_deepspeed_json, resolve, zero_stage
+from uvlm.deepspeed_config import read_deepspeed_json, resolve, zero_stage
+from uvlm.engine import compiler_missing
 from uvlm.model import UnifiedVLM
+from uvlm.weights import Weights, check_weights, freeze
 
 # Weights in training dtype, and in fp32 the master copy and two Adam moments.
-_CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp32": 4 + 12}
+_CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp16": 2 + 12, "fp32": 4 + 12}
 
 
 def check(config: Config, world_size: int) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     tree = resolve(read_deepspeed_json(config.deepspeed), config, world_size)
     if sentence := compiler_missing():
         raise ValueError(sentence)
+    if config.dtype == "fp16" and not torch.cuda.is_available():
+        raise ValueError("DeepSpeed trains with dtype=fp16 on GPUs only; use dtype=bf16")
     if sentence := missing_backend(config.dtype):
         raise ValueError(sentence)
     rows_a_rank = config.data.num_rows // world_size
@@ -54,7 +59,7 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
             f"model.max_position={config.model.max_position}; "
             + (
                 f"set data.pack_tokens={config.model.max_position}"
-                if config.model.pretrained
+                if config.model.init_from
                 else f"set model.max_position={config.data.pack_tokens}"
             )
         )
@@ -62,13 +67,16 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     if config.run.exists() and not config.run.is_dir():
         raise ValueError(f"run={config.run} is a file; give the path of a folder")
     vocab = Vocab.load(config.data.tokenizer)
-    if config.model.pretrained:
-        check_same_words(config.model.pretrained, config.data.tokenizer, vocab)
+    with torch.device("meta"):
+        model = UnifiedVLM(build_backbone(config.model, vocab.size), config.policy)
+    freeze(model, config.model.freeze)
+    if config.model.init_from:
+        check_start(config.model.init_from, model, config.data.tokenizer, vocab)
     for sources in filter(None, (config.data.train, config.data.valid)):
         open_sources([source.source() for source in sources], vocab)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
-    checkpoint.check_fits(config.run, fixed, world_size, config.optim.steps, config.policy.model_dump(mode="json"))
-    _check_disk(config, vocab.size)
+    checkpoint.check_fits(config, fixed)
+    _check_disk(config, sum(p.numel() for p in model.parameters()))
     return tree
 
 
@@ -78,6 +86,20 @@ def check_full_tail(full_tail: float, steps: int) -> None:
         raise ValueError(
             f"policy.full_tail={full_tail} of optim.steps={steps} is less than a step; "
             f"set policy.full_tail={math.ceil(1e6 / steps) / 1e6}, or 0"
+        )
+
+
+def check_start(init_from: Path, model: UnifiedVLM, tokenizer: Path, vocab: Vocab) -> None:
+    """Raise ValueError where what `model.init_from` names cannot become the first weights of `model` (which may be on
+    the meta device): weights that lack or do not fit, another tokenizer, or the codes of another image tokenizer."""
+    folder = weights_folder(init_from)
+    check_weights(model, Weights(folder))
+    check_same_words(folder, tokenizer, vocab)
+    trained_with = json.loads((folder / "config.json").read_text()).get("uvlm_vocabulary")
+    if trained_with not in (None, vocab.fingerprint):
+        raise ValueError(
+            f"model.init_from={init_from} was trained with vocabulary {trained_with}, {tokenizer} holds "
+            f"{vocab.fingerprint}; give data.tokenizer the folder that it was trained with"
         )
 
 
@@ -96,16 +118,13 @@ def check_same_words(pretrained: Path, tokenizer: Path, vocab: Vocab) -> None:
     for token, number in sorted(numbers.items(), key=itemgetter(1)):
         if vocab.token(number) != token:
             raise ValueError(
-                f"token {number} is {token!r} to model.pretrained={pretrained} and {vocab.token(number)!r} to "
+                f"token {number} is {token!r} to model.init_from={pretrained} and {vocab.token(number)!r} to "
                 f"{tokenizer}; make {tokenizer / 'text' / 'tokenizer.json'} from the model's own tokenizer.json, as "
                 "docs/data.md says"
             )
 
 
-def _check_disk(config: Config, vocab_size: int) -> None:
-    with torch.device("meta"):
-        model = UnifiedVLM(build_backbone(config.model, vocab_size), config.policy)
-        num_parameters = sum(p.numel() for p in model.parameters())
+def _check_disk(config: Config, num_parameters: int) -> None:
     # One more than are kept, since the new one is complete before the oldest goes; and the exported model.
     needed = num_parameters * (_CHECKPOINT_BYTES[config.dtype] * (config.checkpoint.keep + 1) + 4)
     written = [*(config.run / "checkpoints").rglob("*"), *(config.run / "model").rglob("*")]

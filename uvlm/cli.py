@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from uvlm.distributed import leave, prepare_environment
+from uvlm.distributed import check_local_rank, leave, prepare_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
@@ -27,8 +27,10 @@ Run = Annotated[Path, typer.Argument(help="run folder")]
 
 
 @app.callback()
-def root() -> None:
+def root(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
     """Train one transformer that understands images and generates them, with DeepSpeed, on Slurm clusters."""
+    if local_rank is not None:  # DeepSpeed's launcher puts it before the command
+        check_local_rank(local_rank)
 
 
 @app.command()
@@ -44,12 +46,15 @@ def demo(
 
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")], overrides: Overrides = None) -> None:
-    """Train, or go on from the newest checkpoint. Under torchrun this is one rank; alone, one process."""
+    """Train, or go on from the newest checkpoint. Under torchrun or srun this is one rank; alone, one process.
+
+    SIGTERM, SIGUSR2 or a file STOP in the run folder ends it after the next step with a checkpoint and exit code 75; a
+    file SAVE only writes the checkpoint.
+    """
     from uvlm.config import load_config
     from uvlm.train import train as run_training
 
-    run_training(load_config(config, overrides or []))
-    leave()
+    leave(run_training(load_config(config, overrides or [])))
 
 
 @app.command()
@@ -117,6 +122,32 @@ def generate(
     pixels = Generator.load(run).images([text], [seed], temperature, top_k, guidance)[0]
     Image.fromarray(pixels).save(out, format="PNG")
     print(out)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="folder to write; a new one")],
+    step: Annotated[
+        int | None, typer.Option(min=0, help="of a checkpoint; else the finished model, or the newest checkpoint")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; else that of training. With --step, fp32 is the master copy")
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="export a model that leaves tokens out, to be run without leaving any out")
+    ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="open a checkpoint from elsewhere, which can run code of its writer")
+    ] = False,
+) -> None:
+    """Write a trained model as a Hugging Face folder, with tokenizers and model card. Needs no GPU."""
+    from uvlm.export import export as run_export
+    from uvlm.progress import bars
+
+    with bars() as update:
+        weights = run_export(run, out, step=step, dtype=dtype, dense=dense, trust=trust, progress=update)
+    print(f"model of step {weights.step}: {out}")
 
 
 @data.command()

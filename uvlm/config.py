@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from data_pipeline.schema import TASKS
 from data_pipeline.sources import OverLong, Source
 from uvlm.backbone import ModelConfig
+from uvlm.life import LifeConfig
 from uvlm.model import Recompute
 from uvlm.optim import OptimConfig
 from uvlm.policies import AnyImagePolicy, ImagePolicy, Policy, expand
@@ -64,6 +65,9 @@ class DataConfig(Strict):
 
 class LossConfig(Strict):
     weights: dict[str, float] = Field(default={}, description="weight of each task's mean loss; 1.0 if none is given")
+    z_loss: float = Field(
+        default=0.0, ge=0, description="weight of a token's squared log of the softmax's denominator, such as 1e-4"
+    )
 
     @field_validator("weights")
     @classmethod
@@ -76,12 +80,35 @@ class LossConfig(Strict):
 class CheckpointConfig(Strict):
     every: int = Field(gt=0, description="steps between checkpoints; one more is written at the end")
     keep: int = Field(default=2, gt=0, description="newest checkpoints that stay")
+    keep_every: int = Field(default=0, ge=0, description="those of every so many steps stay for good; 0 keeps none")
+    background: bool = Field(
+        default=True, description="training goes on while a copy in host memory is written; false needs no such memory"
+    )
+    fall_back: bool = Field(
+        default=False, description="start from an older checkpoint where the newest is damaged, instead of refusing"
+    )
+
+    @field_validator("keep_every")
+    @classmethod
+    def _is_written(cls, keep_every: int, info: ValidationInfo) -> int:
+        every = info.data.get("every", 1)
+        if keep_every % every:
+            raise ValueError(f"no multiple of checkpoint.every={every}; use {-(-keep_every // every) * every}")
+        return keep_every
 
 
 class ValidationConfig(Strict):
     every: int = Field(default=0, ge=0, description="steps between validations; 0 turns them off")
     steps: int = Field(default=4, gt=0, description="global batches of held-out packs")
     prompts: list[str] = Field(default=[], description="captions whose generated images go to TensorBoard")
+    max_share: float = Field(default=0.05, gt=0, le=1, description="of a run's time; beyond it validations are put off")
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_say_something(cls, prompts: list[str]) -> list[str]:
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("a prompt is empty; write a caption such as 'a red circle'")
+        return prompts
 
 
 class Config(Strict):
@@ -92,12 +119,16 @@ class Config(Strict):
     policy: Policy = Policy()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16",
+        description="of weights and activations; the optimizer keeps fp32. fp16 scales its loss by itself",
+    )
     recompute: Recompute = Field(
         default="none", description="activations that the backward pass computes again to save memory"
     )
     deepspeed: DeepSpeedJson = Field(default=Path("zero3.json"), description="a path, or a name in ds_configs/")
     checkpoint: CheckpointConfig
+    life: LifeConfig = LifeConfig()
     validation: ValidationConfig = ValidationConfig()
     log_every: int = Field(default=10, gt=0, description="steps between records in TensorBoard and metrics.jsonl")
 

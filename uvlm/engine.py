@@ -1,21 +1,29 @@
 """The one door to DeepSpeed.
 
-`resolve` joins the user's DeepSpeed JSON with what the YAML owns; `Engine` is the handful of calls the trainer makes.
+`start` joins the process group, `partitioned` and `gathered` are for building a model, and `Engine` is the handful of
+calls the trainer makes.
 On a CPU, DeepSpeed compiles a shared-memory collective with ninja and a C++ compiler at the first start (20-40 s on two
 cores) and loads it from a cache later.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import copy
 import fcntl
-import json
+import io
 import logging
 import os
 import pickle
+import re
 import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,124 +35,29 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.packing import Pack
+from uvlm.checkpoint_files import FileRecord, StateWriter
 from uvlm.config import Config
-from uvlm.distributed import be_alone_unless_launched, world
+from uvlm.deepspeed_config import zero_stage
+from uvlm.distributed import device_index, end_with_torchrun, export_world
 from uvlm.model import UnifiedVLM
-from uvlm.optim import parameter_groups
+from uvlm.optim import apply_learning_rate, parameter_groups, settings
 from uvlm.token_plan import TokenPlan
+from uvlm.trust import REMEDY
 
-_OWNED_BY_YAML = {
-    "train_batch_size": "data.num_rows",
-    "train_micro_batch_size_per_gpu": "data.num_rows",
-    "gradient_accumulation_steps": "data.num_rows",
-    "gradient_clipping": "optim.gradient_clipping",
-    "bf16": "dtype",
-    "bfloat16": "dtype",
-    "fp16": "dtype",
-    "scheduler": "optim.schedule",
-}
-_OWNED_OPTIMIZER_PARAMS = {
-    "lr": "optim.learning_rate",
-    "betas": "optim.betas",
-    "eps": "optim.eps",
-    "weight_decay": "optim.weight_decay",
-}
+_FROZEN = "frozen.pt"  # beside a universal checkpoint
 
-
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The user's JSON, by path or by its name in the shipped ds_configs/. ValueError with the remedy."""
-    import uvlm
-
-    package = Path(uvlm.__file__).parent
-    shipped = [package / "ds_configs" / path, package.parent / "ds_configs" / path]
-    is_plain_name = path == Path(path.name)  # a mistyped path must not silently become a file of ours
-    for candidate in [path, *shipped] if is_plain_name else [path]:
-        if candidate.is_file():
-            break
-    else:
-        raise ValueError(f"there is no DeepSpeed JSON {path}; give a path, or a name in ds_configs/ such as zero3.json")
-    try:
-        tree = json.loads(candidate.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{candidate} is not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{candidate} holds no JSON object; see ds_configs/zero3.json")
-    return tree
-
-
-def resolve(tree: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed config of a run.
-
-    "auto" becomes the usual function of the hidden size h: reduce bucket h^2, prefetch bucket 0.9 h^2, persistence
-    threshold 10 h (as in the Hugging Face integration of DeepSpeed).
-
-    Raises:
-        ValueError: a key that the YAML owns stands in the JSON; both values are named.
-    """
-    resolved: dict[str, Any] = json.loads(json.dumps(tree))
-    yaml_tree = config.model_dump(mode="json")
-    for key, owner in _OWNED_BY_YAML.items():
-        if key in resolved:
-            raise ValueError(_clash(key, resolved[key], owner, yaml_tree))
-    optimizer = resolved.setdefault("optimizer", {"type": "AdamW"})
-    params = optimizer.setdefault("params", {})
-    for key, owner in _OWNED_OPTIMIZER_PARAMS.items():
-        if key in params:
-            raise ValueError(_clash(f"optimizer.params.{key}", params[key], owner, yaml_tree))
-    params.update(
-        lr=config.optim.learning_rate,
-        betas=list(config.optim.betas),
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
-    )
-    hidden = config.model.hidden_size
-    automatic = {
-        "reduce_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 10 * hidden,
-    }
-    zero = resolved.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError("zero_optimization must be an object of keys and values; see ds_configs/zero3.json")
-    zero.update({key: automatic[key] for key, value in zero.items() if value == "auto" and key in automatic})
-    if left := _keys_of_auto(resolved):
-        raise ValueError(f'{left[0]}: "auto" is not allowed here; write a value')
-    resolved["train_micro_batch_size_per_gpu"] = 1
-    resolved["gradient_accumulation_steps"] = config.data.num_rows // world_size
-    resolved["gradient_clipping"] = config.optim.gradient_clipping
-    resolved["bf16"] = {"enabled": config.dtype == "bf16"}
-    return resolved
-
-
-def zero_stage(tree: dict[str, Any]) -> int:
-    """The ZeRO stage of a complete DeepSpeed config; DeepSpeed's default is 0."""
-    return int(tree.get("zero_optimization", {}).get("stage", 0))
-
-
-def _keys_of_auto(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = [prefix + key for key, value in tree.items() if value == "auto"]
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            keys += _keys_of_auto(value, f"{prefix}{key}.")
-    return keys
-
-
-def _clash(key: str, value: Any, owner: str, yaml_tree: dict[str, Any]) -> str:
-    for part in owner.split("."):
-        yaml_tree = yaml_tree[part]
-    return (
-        f"the DeepSpeed JSON sets {key}={value!r}, the YAML owns it as {owner}={yaml_tree!r}; remove it from the JSON"
-    )
+# Of a collective until the first steps are done: some ranks compile, read and convert while others wait.
+START_TIMEOUT = timedelta(minutes=30)
 
 
 def start() -> torch.device:
     """Join the process group through DeepSpeed and return this rank's device."""
-    be_alone_unless_launched()
+    export_world()
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    place = world()
+    device = torch.device("cuda", device_index(torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(device)
     transformers_logging.disable_progress_bar()
     # DeepSpeed still calls collectives by the names that torch renamed; the warning comes once a call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
@@ -154,10 +67,8 @@ def start() -> torch.device:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if not cuda:
             _compile_shared_memory_op()
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", timeout=timedelta(minutes=30), verbose=False
-        )
-    return torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=START_TIMEOUT, verbose=False)
+    return device
 
 
 def _compile_shared_memory_op() -> None:
@@ -188,6 +99,32 @@ def _quiet() -> Any:
         yield
 
 
+@contextlib.contextmanager
+def partitioned(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Modules that are made inside keep, under ZeRO-3, only this rank's share of their weights. Whatever the stage, the
+    values are undefined until `weights.fill` gives them."""
+    import deepspeed
+    from transformers.initialization import no_init_weights
+
+    with _quiet(), no_init_weights(), contextlib.ExitStack() as stack:
+        if zero_stage(deepspeed_config) == 3:
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=deepspeed_config))
+        yield
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[torch.nn.Parameter]) -> Iterator[bool]:
+    """These weights are whole on every rank; what rank 0, for which the value is true, writes into them stays.
+
+    Before an Engine exists for it, a model that is not partitioned is only written on rank 0: DeepSpeed sends it from
+    there to the others. All ranks call it.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield dist.get_rank() == 0
+
+
 class Engine:
     """DeepSpeed around one UnifiedVLM. Call order in every micro-step: engine(...), backward, step."""
 
@@ -197,15 +134,26 @@ class Engine:
         self._deepspeed = deepspeed
         self._hf_config = model.backbone.config
         self._policy = config.policy
+        groups = parameter_groups(model, config.optim)
+        self._group_settings = settings(groups)
         with _quiet():
-            self._engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=parameter_groups(model, config.optim), config=deepspeed_config
-            )
+            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
         self.device: torch.device = self._engine.device
+        self._writer = StateWriter(config.checkpoint.background)
+        self._engine.checkpoint_engine.save = self._writer.save
+        # It would put scripts to run beside the data, and raise on one rank alone where the disk is full.
+        self._engine._copy_recovery_script = lambda save_path: None
 
-    def __call__(self, pack: Pack, plan: TokenPlan, weights_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`UnifiedVLM.forward`: the weighted loss and nll_S; all arguments lie on the engine's device."""
+    def __call__(
+        self, pack: Pack, plan: TokenPlan, weights_S: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`UnifiedVLM.forward`: the weighted loss, nll_S and right_S; all arguments lie on the engine's device."""
         return self._engine(pack, plan, weights_S)
+
+    @property
+    def module(self) -> UnifiedVLM:
+        """The model, its weights as DeepSpeed keeps them."""
+        return self._engine.module
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -218,8 +166,7 @@ class Engine:
         self._engine.step()
 
     def set_learning_rate(self, value: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = value
+        apply_learning_rate(self._engine.optimizer.param_groups, self._group_settings, value)
 
     @property
     def gradient_norm(self) -> float:
@@ -232,20 +179,64 @@ class Engine:
         return int(self._engine.skipped_steps)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of the state into folder/tag. All ranks call it."""
+        """Have this rank's part of the state written into folder/tag. All ranks call it, `written` in between.
+
+        With `checkpoint.background` it returns once the state is copied, else once it is written.
+        """
         with _quiet():
             self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read it back. It unpickles: only for folders that this trainer wrote. ValueError where files are missing."""
-        remedy = f"remove {folder / tag} to go on from the checkpoint before it"
+    @property
+    def is_written(self) -> bool:
+        """Whether nothing of what `save` was given is left to write, or it has failed."""
+        return self._writer.is_done
+
+    def written(self) -> list[FileRecord]:
+        """Wait, and give the files that this rank has written since the last call. OSError where it could not."""
+        return self._writer.written()
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what `save` writes on all ranks together: in fp32 the weights and two moments, and the weights."""
+        parameters = list(self._engine.module.parameters())
+        return sum(getattr(p, "ds_numel", p.numel()) * (12 + p.element_size()) for p in parameters)
+
+    def not_convertible(self) -> str | None:
+        """A clause if `Conversion` cannot serve this engine; nothing is known of the checkpoint."""
+        if self._engine.zero_nvme_offload_optimizer():
+            return "DeepSpeed converts no optimizer state that lies on NVMe; start as many ranks again"
+        return None
+
+    def load(self, checkpoint: Path, is_universal: bool = False) -> None:
+        """Read it back, on all ranks. ValueError where it holds more than data or cannot be read.
+
+        Args:
+            is_universal: made by a `Conversion`. DeepSpeed is told so for this load alone.
+        """
+        self._engine._config.load_universal_checkpoint = is_universal
         try:
-            with _quiet():
-                loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+            with _quiet(), data_only(checkpoint):
+                loaded, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+                if is_universal:
+                    self._complete_universal(checkpoint)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{folder / tag} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+            raise ValueError(f"{checkpoint} cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        finally:
+            self._engine._config.load_universal_checkpoint = False
         if loaded is None:
-            raise ValueError(f"{folder / tag} lacks files; {remedy}")
+            raise ValueError(f"{checkpoint} cannot be loaded (DeepSpeed finds no files in it)")
+
+    @torch.no_grad()
+    def _complete_universal(self, checkpoint: Path) -> None:
+        """What DeepSpeed leaves out: frozen weights, and under stage 3 a count of steps for each group of parameters.
+        All groups share one tensor, which each of them raises in each step (run)."""
+        for state in self._engine.optimizer.state.values():
+            state["step"] = copy.deepcopy(state["step"])
+        weights = torch.load(checkpoint / _FROZEN, map_location="cpu", mmap=True)
+        for name, parameter in self._engine.module.named_parameters():
+            if name in weights:
+                with gathered([parameter]):
+                    parameter.copy_(weights[name])
 
     def snapshot(self) -> UnifiedVLM | None:
         """The trained weights in a model without DeepSpeed, in their training dtype, on rank 0; None elsewhere. All
@@ -268,6 +259,74 @@ class Engine:
         return model.eval()
 
 
+class Conversion:
+    """A process that turns a checkpoint into DeepSpeed's universal one, which any number of ranks loads."""
+
+    def __init__(self, checkpoint: Path, target: Path) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        command = [sys.executable, "-m", "uvlm.engine", str(checkpoint), str(target)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._process.poll() is not None
+
+    def error(self) -> str | None:
+        """After its end, what went wrong, if anything did."""
+        if self._process.returncode == 0:
+            return None
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"the converter ended with code {self._process.returncode}"
+
+    def __enter__(self) -> Conversion:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+
+def _convert(checkpoint: Path, target: Path) -> None:
+    """What the process of a `Conversion` does. Frozen weights, which DeepSpeed leaves out, go into a file beside."""
+    end_with_torchrun()  # so does this process with the rank that started it, and those that it starts
+    os.register_at_fork(after_in_child=end_with_torchrun)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.checkpoint import ds_to_universal
+
+    num_processes = min(8, len(os.sched_getaffinity(0)))
+    with data_only(checkpoint):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=str(checkpoint),
+                output_folder=str(target),
+                num_extract_workers=num_processes,
+                num_merge_workers=num_processes,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,  # that it is a plain model, without tensor parallelism
+            )
+        )
+        torch.save(_frozen_weights(checkpoint), target / _FROZEN)
+
+
+def _frozen_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Whole weights by name, of those that the optimizer does not hold."""
+    if (path := checkpoint / "mp_rank_00_model_states.pt").exists():  # not stage 3
+        state = torch.load(path, map_location="cpu", mmap=True)
+        held = {*state["shared_params"], *(name for group in state["param_shapes"] for name in group)}
+        return {name: weight for name, weight in state["module"].items() if name not in held}
+    paths = list(checkpoint.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"))
+    paths.sort(key=lambda path: int(path.name.split("_")[3]))
+    states = [torch.load(path, map_location="cpu", mmap=True) for path in paths]
+    return {
+        name: torch.cat([state["frozen_param_fragments"][name] for state in states])[: shape.numel()].view(shape)
+        for name, shape in states[0]["frozen_param_shapes"].items()
+    }
+
+
 def compiler_missing() -> str | None:
     """A sentence if this machine would need a C++ compiler that it does not have."""
     if torch.cuda.is_available() or shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
@@ -276,3 +335,67 @@ def compiler_missing() -> str | None:
         "no C++ compiler was found, and DeepSpeed builds a small extension at its first start on a CPU; "
         "install one (Debian: apt-get install g++) or name it in CXX"
     )
+
+
+class NotDataError(ValueError):
+    """Opening a file could run code."""
+
+
+@contextlib.contextmanager
+def data_only(checkpoint: Path, trust: bool = False) -> Iterator[None]:
+    """Inside, a checkpoint's files are opened by torch's restricted unpickler, whatever DeepSpeed asks for: it builds
+    tensors, plain values and the few classes that DeepSpeed's own checkpoints hold, so no file runs code.
+
+    NotDataError where `checkpoint` holds more. With `trust` nothing is restricted.
+    """
+    if trust:
+        yield
+        return
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by each torch.load, and stronger than its weights_only=False
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        if not (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise
+        raise NotDataError(f"a file in {checkpoint} holds {found[1]}, which is no data; {REMEDY}") from error
+    finally:
+        os.environ.pop(switch)
+        if before is not None:
+            os.environ[switch] = before
+
+
+def checkpoint_weights(checkpoint: Path, trust: bool = False) -> dict[str, Any]:
+    """The trained weights of a checkpoint's files by name, put together without process group or GPU.
+
+    Stages 1 to 3 give the optimizer's fp32 copy, and a frozen weight as it was trained with; without ZeRO it is all as
+    trained with. Values have `shape`, `dtype` and `contiguous()`. Under stage 3 the files stay on disk and
+    `contiguous()` reads one weight; under stages 1 and 2 the whole fp32 model is in memory.
+
+    ValueError where files are missing or damaged, or hold more than data and there is no `trust`.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # bars
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            with data_only(checkpoint, trust):
+                if any(checkpoint.glob("*_optim_states.pt")):
+                    return get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name, lazy_mode=True)
+                path = checkpoint / "mp_rank_00_model_states.pt"
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)["module"]
+    except NotDataError:
+        raise
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{checkpoint} cannot be read ({reason}); give --step with another checkpoint") from error
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -22,13 +22,22 @@ class MetricWriter:
     """Scalars and images by step. `resume_step`: optimizer steps already done when this attempt starts."""
 
     def __init__(self, run: Path, resume_step: int) -> None:
+        self._run = run
+        self._path = run / "metrics.jsonl"
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = run / "metrics.jsonl"
-        kept = [record for record in read_records(run) if record["step"] <= resume_step]
+        kept = [record for record in read_records(self._run) if record["step"] <= resume_step]
         replace_file(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         # Records carry the number of steps done, so the first new one is resume_step + 1.
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1, flush_secs=20)
+        self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=resume_step + 1, flush_secs=20)
+
+    def rewind(self, step: int) -> None:
+        """Forget the records after `step`: the run goes on from there."""
+        self._board.close()
+        self._open(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values under `step`, the number of optimizer steps done."""

@@ -14,7 +14,6 @@ dimension, S supervised tokens, V vocabulary, m images, C candidates and W scori
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -58,7 +57,9 @@ class UnifiedVLM(nn.Module):
         self.recompute = recompute
         self.image_projections = _image_projections(backbone.model.layers, policy or Policy())
 
-    def forward(self, pack: Pack, plan: TokenPlan, weights_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, pack: Pack, plan: TokenPlan, weights_S: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The weighted loss of a pack.
 
         Args:
@@ -66,7 +67,8 @@ class UnifiedVLM(nn.Module):
             weights_S: fp32, what the loss of each supervised token (`plan.supervised`) is multiplied with.
 
         Returns:
-            (loss, nll_S): the sum of weights_S * nll_S in nats, fp32; and nll_S, fp32, without a graph.
+            (loss, nll_S, right_S), see `Head.forward`: the sum of weights_S * nll_S in nats, fp32, with the head's
+            z-loss; nll_S, fp32, without a graph; and whether each label is the model's first choice, bool.
         """
         return self.backbone.lm_head(self.hidden(pack, plan), pack.labels[plan.supervised], weights_S)
 
@@ -293,6 +295,14 @@ class _Scatter(torch.autograd.Function):
 def _image_projections(layers: nn.ModuleList, policy: Policy) -> nn.ModuleList:
     """By layer, the projections that kinds of images have for themselves; they start as copies of the shared ones."""
     return nn.ModuleList(
-        nn.ModuleDict({name: copy.deepcopy(getattr(layer.self_attn, f"{name[-1]}_proj")) for name in names})
+        nn.ModuleDict({name: _like(getattr(layer.self_attn, f"{name[-1]}_proj")) for name in names})
         for layer, names in zip(layers, policy.own_projections(len(layers)), strict=True)
     )
+
+
+def _like(shared: nn.Linear) -> nn.Linear:
+    """A new module with the same values. Of one whose weights are spread over ranks there are none to copy yet."""
+    weight, bias = shared.weight, shared.bias is not None
+    own = nn.Linear(shared.in_features, shared.out_features, bias, device=weight.device, dtype=weight.dtype)
+    own.load_state_dict(shared.state_dict())
+    return own

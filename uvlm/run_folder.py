@@ -4,6 +4,8 @@ config.yaml  deepspeed.json  environment.txt     what it was started with, resol
 checkpoints/step_*/                              engine and data state
 quarantine/rank_*.jsonl                          documents that could not be used, and why
 tensorboard/  metrics.jsonl  metrics.json        records by step, and the summary
+events.jsonl                                     what happened to the run: rollbacks, say
+SAVE  STOP                                       made by whoever wants a checkpoint, or a stop (life.py)
 model/                                           the trained model, an ordinary Hugging Face folder
 """
 
@@ -30,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from data_pipeline.files import replace_file
 from data_pipeline.vocab import Vocab
+from uvlm.backbone import LOCAL_DATA
 from uvlm.config import Config, dump_config, load_config
 from uvlm.metrics import median_of, read_records, update_summary
 from uvlm.model import UnifiedVLM
@@ -46,6 +49,12 @@ def prepare(config: Config, deepspeed_config: dict[str, Any]) -> None:
     packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
     environment = "\n".join([f"python=={platform.python_version()}", *packages]) + "\n"
     replace_file(config.run / "environment.txt", environment)
+
+
+def note_event(run: Path, sentence: str) -> None:
+    """Add a line to RUN/events.jsonl: what happened to a run, with the time."""
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": sentence}) + "\n")
 
 
 def forget_results(run: Path) -> None:
@@ -105,10 +114,10 @@ def load_model(run: Path, vocab: Vocab) -> UnifiedVLM:
     transformers_logging.disable_progress_bar()
     folder = model_folder(run)
     try:
-        backbone = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        backbone = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **LOCAL_DATA)
         model = UnifiedVLM(backbone, read_config(run).policy)
         load_image_projections(model, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{folder} is damaged ({' '.join(str(error).split())}); start the training again, which writes the model "
             "from its last checkpoint"

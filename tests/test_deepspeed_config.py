@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from uvlm.config import Config, load_config
-from uvlm.engine import compiler_missing, read_deepspeed_json, resolve
+from uvlm.deepspeed_config import read_deepspeed_json, resolve
+from uvlm.engine import compiler_missing
 
 
 @pytest.fixture
@@ -24,6 +25,13 @@ def test_the_shipped_files_are_found_by_name_and_resolve(config: Config, name: s
     assert resolved["bf16"] == {"enabled": True}
     assert resolved["optimizer"]["params"]["lr"] == config.optim.learning_rate
     assert "auto" not in json.dumps(resolved)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_the_yaml_says_in_which_precision(dtype: str) -> None:
+    config = load_config(Path("demo"), [f"dtype={dtype}"])
+    resolved = resolve(read_deepspeed_json(Path("zero3.json")), config, world_size=1)
+    assert [name for name in ("bf16", "fp16") if resolved[name]["enabled"]] == [dtype] * (dtype != "fp32")
 
 
 def test_auto_is_the_usual_function_of_the_hidden_size(config: Config) -> None:
@@ -44,10 +52,18 @@ def test_auto_is_the_usual_function_of_the_hidden_size(config: Config) -> None:
             "sets optimizer.params.lr=1, the YAML owns it as optim.",
         ),
         ({"bfloat16": {"enabled": True}}, "the YAML owns it as dtype='bf16'"),
-        ({"zero_optimization": {"sub_group_size": "auto"}}, 'sub_group_size: "auto" is not allowed here'),
-        ({"zero_optimization": {"offload_param": {"device": "auto"}}}, 'offload_param.device: "auto" is not allowed'),
-        ({"communication_data_type": "auto"}, 'communication_data_type: "auto" is not allowed here'),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, 'sub_group_size: "auto" is not allowed here'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}}},
+            'offload_param.device: "auto" is not allowed',
+        ),
+        (
+            {"zero_optimization": {"stage": 3}, "communication_data_type": "auto"},
+            'communication_data_type: "auto" is not allowed here',
+        ),
         ({"zero_optimization": []}, "zero_optimization must be an object"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage=0 is not supported; use 1, 2 or 3"),
+        ({}, "zero_optimization.stage=0 is not supported; use 1, 2 or 3"),
     ],
 )
 def test_a_key_of_the_yaml_in_the_json_is_refused_with_both_values(
