@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import math
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -270,7 +271,12 @@ class _Training:
         """Goes on from a saved state; one of other pictures or settings is ignored."""
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{path} is no state of a training; remove it to train the image tokenizer anew"
+            ) from error
         if state["identity"] != self.identity:
             return
         self.model.load_state_dict(state["model"])

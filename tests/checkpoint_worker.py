@@ -1,9 +1,9 @@
 """One rank of tests/test_survival.py: writes a checkpoint of every case, or goes on from those that others wrote.
 
-    python -m torch.distributed.run --nproc-per-node=2 -m tests.checkpoint_worker FOLDER write
-    python -m torch.distributed.run --nproc-per-node=4 -m tests.checkpoint_worker FOLDER read
+    python -m torch.distributed.run --nproc-per-node=2 -m tests.checkpoint_worker FOLDER write CASE ...
+    python -m torch.distributed.run --nproc-per-node=4 -m tests.checkpoint_worker FOLDER read CASE ...
 
-A start costs 10 s and a case 2 s, 10 s where it is converted (run, two ranks on two cores), so one start serves all.
+A start costs 10 s and a case 2 s, or 8 s where it is converted (run, on two cores), so one start serves all cases.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from uvlm.weights import freeze
 NUM_ROWS = 4
 NUM_STEPS = 2  # before the checkpoint; one more comes after it
 HANG_SECONDS = 400
-FIXED = {"seed": 0}
+FIXED = {"zero_optimization.stage": "as in the case"}
+FULL_CASE = "stage3"
+FULL_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 _OWN = {"name": "dense", "input_projections": "kv", "target_projections": "qkv"}
 
 
@@ -79,7 +81,9 @@ def model_of(case: Case, config: Config, scale: float) -> UnifiedVLM:
     model = tiny_model("qwen3", 3, case.tie_embeddings, config.policy)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
-            parameter.mul_(scale).add_(0.02 * scale * torch.sin(torch.arange(parameter.numel()) + number).view_as(parameter))
+            parameter.mul_(scale).add_(
+                0.02 * scale * torch.sin(torch.arange(parameter.numel()) + number).view_as(parameter)
+            )
     freeze(model, case.frozen)
     return model
 
@@ -109,8 +113,23 @@ def _step(engine: Any, config: Config, step: int, rank: int, num_ranks: int) -> 
         engine.step()
 
 
-def main(folder: Path, is_writer: bool) -> None:
-    """Every case, one after the other, on this rank. Rank 0 writes CASE-WHEN-RANKS.pt, the weights at a moment."""
+def _lose_a_checkpoint(engine: Any, saver: Any, rank: int) -> None:
+    """The disk is full for one file of rank 1: all ranks leave the checkpoint out, and go on."""
+    save = engine.save
+
+    def save_to_full_disk(folder: Path, tag: str) -> None:
+        if rank == 1:
+            (folder / tag / FULL_FILE).symlink_to("/dev/full")
+        save(folder, tag)
+
+    engine.save = save_to_full_disk
+    assert saver.save(1, {rank: {}}, {})
+    assert not saver.finish()
+    engine.save = save
+
+
+def main(folder: Path, is_writer: bool, names: list[str]) -> None:
+    """The cases, one after the other, on this rank. Rank 0 writes CASE-WHEN-RANKS.pt, the weights at a moment."""
     from uvlm.checkpoint import Saver, load_latest
     from uvlm.distributed import leave, world
     from uvlm.engine import Engine, start
@@ -119,34 +138,37 @@ def main(folder: Path, is_writer: bool) -> None:
     start()
     rank, num_ranks, _ = world()
 
-    def note(engine: Engine, name: str, moment: str) -> None:
-        if model := engine.snapshot():
-            torch.save(model.state_dict(), folder / f"{name}-{moment}-{num_ranks}.pt")
-
-    for name, case in CASES.items():
+    for name in names:
         print(f"rank {rank}: {name}", flush=True)
-        config = config_of(case, folder / name)
+        case, config = CASES[name], config_of(CASES[name], folder / name)
         tree = _deepspeed_config(case, config, num_ranks)
         engine = Engine(model_of(case, config, scale=1.0 if is_writer else 3.0), config, tree)
+
+        def note(moment: str, engine: Engine = engine, name: str = name) -> None:
+            if model := engine.snapshot():
+                torch.save(model.state_dict(), folder / f"{name}-{moment}-{num_ranks}.pt")
+
+        saver = Saver(engine, config, FIXED)
         if is_writer:
-            saver = Saver(engine, config, FIXED)
             for step in range(NUM_STEPS):
                 _step(engine, config, step, rank, num_ranks)
-            assert saver.save(NUM_STEPS, {rank: {}}, {"loss": 1.5})
+                if name == FULL_CASE and step == 0:
+                    _lose_a_checkpoint(engine, saver, rank)
+            assert saver.save(NUM_STEPS, {rank: {}}, {})
         else:
             assert load_latest(engine, config, FIXED).step == NUM_STEPS
-        note(engine, name, "at")
+        note("at")
         _step(engine, config, NUM_STEPS, rank, num_ranks)
-        note(engine, name, "after")
-        if is_writer:  # the copy is of the moment of the call, whatever has been trained since
+        note("after")
+        if is_writer:  # what is read is of the moment of the call, whatever has been trained since
             assert saver.finish()
-        assert load_latest(engine, config).step == NUM_STEPS
-        note(engine, name, "back")
-        _step(engine, config, NUM_STEPS, rank, num_ranks)
-        note(engine, name, "again")
+            assert load_latest(engine, config).step == NUM_STEPS
+            note("back")
+            _step(engine, config, NUM_STEPS, rank, num_ranks)
+            note("again")
         engine._engine.destroy()
     leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "write")
+    main(Path(sys.argv[1]), sys.argv[2] == "write", sys.argv[3:])

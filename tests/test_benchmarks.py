@@ -99,3 +99,9 @@ def test_the_training_memory_benchmark_runs_every_way_to_start_and_ends_with_its
         assert all(row[phase] > 2 * row["parameters"] / row["num_ranks"] for phase in phases), row
     assert all(math.isfinite(value) for fit in result["fits"].values() for value in fit.values())
     assert result["no_rank_holds_the_full_fp32_model"] is None, "tiny models cannot show it"
+
+
+def test_the_guard_benchmark_runs_and_ends_with_its_share() -> None:
+    result = json.loads(run("guard.py", "--quick", timeout=300).splitlines()[-1])
+    assert 0 < result["share"] < 1
+    assert all(math.isfinite(value) and value > 0 for value in result["time_ratio"])

@@ -34,9 +34,7 @@ def test_a_tokenizer_that_numbers_words_otherwise_than_the_pretrained_model_is_r
 ) -> None:
     train_text_tokenizer(["quite other text, quite other merges"] * 3, tmp_path / "other.json", vocabulary=280)
     vocab = Vocab(Tokenizer.from_file(str(tmp_path / "other.json")), 16, "image")
-    with pytest.raises(
-        ValueError, match=r"token 2\d\d is .* to model.init_from=.* to tokenizer; make tokenizer/text/"
-    ):
+    with pytest.raises(ValueError, match=r"token 2\d\d is .* to model.init_from=.* to tokenizer; make tokenizer/text/"):
         check_same_words(pretrained, Path("tokenizer"), vocab)
 
 

@@ -143,6 +143,9 @@ def test_others_find_what_the_codes_need(corpus: Path, run: Path, tmp_path: Path
     assert facts["specials"]["<|image|>"] == vocab.image_start
     assert (facts["codes_hw"], facts["image_size"]) == ([4, 4], 16)
     assert Vocab.load(out / "tokenizer").fingerprint == vocab.fingerprint, "it is a tokenizer folder of uvlm"
+    settings = load(out).generation_config
+    assert settings is not None
+    assert (settings.bos_token_id, settings.eos_token_id) == (vocab.bos, [vocab.end, vocab.eos]), "where texts end"
     tokenizer: Any = AutoTokenizer.from_pretrained(out)
     for text in ("a red circle", "<|image|> é"):
         assert tokenizer.encode(text, add_special_tokens=False) == vocab.encode_text(text), "no text is a marker"

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from tests.corpus import write_corpus
 from tests.test_export import load, make_run
-from uvlm import export as export_module
 from uvlm.checkpoint_files import write_marker, write_state
 from uvlm.cli import app
 from uvlm.export import export
@@ -139,7 +138,7 @@ def test_a_disk_that_is_too_full_is_found_before_and_leaves_nothing_if_it_fills_
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_module, "save_file", full)
+    monkeypatch.setattr("uvlm.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

@@ -111,6 +111,19 @@ def test_what_happens_between_micro_steps_does_not_count() -> None:
     assert micro_step(guard, model) == first
 
 
+def test_micro_steps_are_numbered_within_their_step() -> None:
+    model = Two()
+    guard = Guard(model, every=1)
+    numbers = []
+    for step in range(2):
+        for _ in range(2):
+            micro_step(guard, model)
+            numbers.append(guard.trace()["micro_step"])
+        guard.compare(step)
+        numbers.append(guard.trace()["micro_step"])  # of the update that follows
+    assert numbers == [1, 2, 2, 1, 2, 2]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_our_model_does_the_same_whatever_it_is_given(name: str) -> None:
     """Calls, recomputed calls and the order of gradients, for packs of any task: what keeps ZeRO from harm."""
@@ -175,7 +188,7 @@ def test_a_removed_guard_sees_nothing() -> None:
 
 
 def test_the_time_spent_counts_every_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uvlm.guard.hook_seconds", lambda: (100.0, 1.0))
+    monkeypatch.setattr("uvlm.guard.hook_seconds", lambda _: (100.0, 1.0))
     model = Two()
     guard = Guard(model, every=1)
     assert guard.seconds == 0
@@ -185,7 +198,7 @@ def test_the_time_spent_counts_every_hook(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_hooks_cost_is_measured() -> None:
-    call, gradient = hook_seconds(rounds=20)
+    call, gradient = hook_seconds(lambda *_: None, rounds=20)
     assert 0 <= call < 1
     assert 0 <= gradient < 1
 

@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.vocab import Vocab
-from tests.corpus import write_corpus
-from uvlm.backbone import build_backbone, weights_folder
+from tests.corpus import uvlm, write_corpus
+from uvlm.backbone import DTYPES, build_backbone, weights_folder
 from uvlm.config import load_config
 from uvlm.model import UnifiedVLM
-from uvlm.train import DTYPES
 from uvlm.weights import IMAGE_PROJECTIONS, Weights, fill
 
 pytestmark = pytest.mark.slow
@@ -102,6 +101,21 @@ def test_what_a_folder_brings_is_said(built: dict[str, Any]) -> None:
     assert "new words at the end of its vocabulary" in sentence
     assert "weights of image projections read" in sentence
     assert built["fresh"]["sentence"].endswith("weights drawn anew")
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"), [("mics_shard_size", "MiCS ZeRO-3 sharding has been removed"), ("overlap_com", "overlap_com")]
+)
+def test_what_deepspeed_refuses_is_told_without_a_stack_trace(
+    folder: Path, tmp_path: Path, key: str, sentence: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: 2}}))
+    result = uvlm("train", str(folder / "config.yaml"), f"run={tmp_path / 'run'}", f"deepspeed={path}")
+    assert result.returncode == 1
+    assert "error: DeepSpeed refuses its JSON: " in result.stderr
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_frozen_weights_are_not_trained(built: dict[str, Any]) -> None:

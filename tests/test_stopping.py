@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,10 +55,15 @@ def _assert_same(run: Path, other: Path) -> None:
     assert losses == pytest.approx(others, abs=1e-6)
 
 
-def _launch_until(config: Path, run: Path, line: str, act: Callable[[int], None], *overrides: str) -> tuple[int, str]:
-    """Start two ranks and call `act` with the launcher's process id when a line of output says so."""
+Act = Callable[[int], None]  # with the launcher's process id
+
+
+def _launch_until(
+    config: Path, run: Path, line: str, act: Act, *overrides: str, then: tuple[str, Act] | None = None
+) -> tuple[int, str]:
+    """Start two ranks and act when a line of their output says so, and once more when another one does."""
     command = [sys.executable, "-m", "uvlm", "launch", str(config), "--nproc=2", f"run={run}", *overrides]
-    output, has_acted = "", False
+    output, acts = "", [(line, act)] + ([then] if then else [])
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -68,10 +74,9 @@ def _launch_until(config: Path, run: Path, line: str, act: Callable[[int], None]
         assert process.stdout is not None
         for text in process.stdout:
             output += text
-            if line in text and not has_acted:
-                has_acted = True
-                act(process.pid)
-    assert has_acted, output
+            if acts and acts[0][0] in text:
+                acts.pop(0)[1](process.pid)
+    assert not acts, output
     return process.returncode, output
 
 
@@ -129,6 +134,23 @@ def test_a_time_budget_ends_in_time_with_a_checkpoint(config: Path, tmp_path: Pa
     assert "life.hours=0.001 are nearly over; the same command goes on from here" in result.stdout
     (checkpoint,) = complete(run)
     assert read_marker(checkpoint)["step"] == max(_losses(run))  # type: ignore[index]
+
+
+def test_a_rank_that_stands_still_is_named_and_the_others_end(config: Path, tmp_path: Path) -> None:
+    """Frozen in the middle: it answers nobody. The launcher cannot end it either, so that is done here at the end."""
+    frozen: list[psutil.Process] = []
+
+    def freeze(launcher: int) -> None:
+        frozen.append(_rank(launcher, 1))
+        frozen[0].suspend()
+
+    limits = ("life.collective_timeout=20", "optim.steps=100000", "checkpoint.every=100000", "log_every=1")
+    code, output = _launch_until(
+        config, tmp_path / "run", "step 5/", freeze, *limits, then=("last heard of", lambda _: frozen[0].kill())
+    )
+    assert code not in (0, EXIT_STOPPED)
+    assert re.search(r"rank 1 \(host .*\) was last heard of \d+ s ago", output), output
+    assert re.search(r"rank 0 .*wait", output), output
 
 
 def _faulty(config: Path, run: Path, fault: dict[str, Any], *overrides: str) -> subprocess.CompletedProcess[str]:

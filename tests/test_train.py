@@ -213,7 +213,7 @@ def test_the_trained_model_is_an_ordinary_transformers_folder(config: Path, two_
     logits = model(torch.tensor([[vocab.bos, vocab.image_start]])).logits
     assert logits.shape == (1, 2, vocab.size)
     share_of_codes = logits.softmax(-1)[0, -1, vocab.first_code :].sum()
-    assert share_of_codes > 2 * vocab.num_codes / vocab.size, "it has learned that codes follow"
+    assert share_of_codes > 1.5 * vocab.num_codes / vocab.size, "it has learned that codes follow"
 
 
 def test_an_image_is_drawn_and_a_question_answered(config: Path, two_ranks: Path, tmp_path: Path) -> None:

@@ -11,18 +11,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipeline.image_tokenizer_training import ImageTraining, train_image_tokenizer
 from data_pipeline.image_tokens import ImageTokenizer
 from data_pipeline.vocab import Vocab
-from tests.corpus import write_corpus
+from tests.corpus import launch, uvlm, write_corpus
 from tests.test_export import make_run
 from tests.test_export_refused import refusal
 from uvlm.check import check
-from uvlm.checkpoint_files import write_marker
+from uvlm.checkpoint_files import read_marker, write_marker, write_state
 from uvlm.config import load_config
-from uvlm.engine import checkpoint_weights
+from uvlm.engine import checkpoint_weights, data_only
 from uvlm.export import export
 from uvlm.run_folder import load_model
 from uvlm.trust import check_trusted
@@ -156,6 +158,14 @@ def test_a_tokenizer_folder_with_code_of_its_own_is_data_or_refused(corpus: Path
     assert not canary.exists()
 
 
+def test_the_state_of_a_tokenizer_training_is_data_or_refused(tmp_path: Path, canary: Path) -> None:
+    torch.save({"identity": Payload(canary)}, tmp_path / "image.training.pt")
+    pictures = np.zeros((16, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"image\.training\.pt is no state of a training; remove it"):
+        train_image_tokenizer(pictures, pictures, tmp_path / "image", ImageTraining(image_size=8, steps=1))
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir"])
 def test_a_config_that_asks_for_objects_of_python_is_no_yaml(corpus: Path, canary: Path, tag: str) -> None:
     value = f"{tag} [{canary}]"
@@ -198,6 +208,36 @@ def test_a_checkpoint_that_would_run_code_is_opened_only_with_trust(
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint_weights(folder, trust=True)
     canary.rmdir()
+
+
+def test_what_deepspeed_itself_puts_into_checkpoints_is_data(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    scalers = [LossScaler(4.0), DynamicLossScaler(2.0**16, 1000, 1, 2, False, dtype=torch.half)]
+    torch.save([*scalers, ZeroStageEnum.weights, fragment_address(numel=3, start=5)], tmp_path / "state.pt")
+    with data_only(tmp_path):
+        static, dynamic, stage, fragment = torch.load(tmp_path / "state.pt", weights_only=False)  # as DeepSpeed asks
+    assert (static.cur_scale, dynamic.cur_scale, stage, fragment.start) == (4.0, 2.0**16, 3, 5)
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoint_would_run_code_does_not_go_on(corpus: Path, tmp_path: Path, canary: Path) -> None:
+    run = tmp_path / "run"
+    launch(corpus, 1, f"run={run}", "optim.steps=2", "checkpoint.every=2")
+    folder = run / "checkpoints" / "step_00000002"
+    state = read_marker(folder)
+    assert isinstance(state, dict)
+    for path in folder.glob("*.pt"):
+        whole = torch.load(path, weights_only=False)
+        record = write_state({**whole, "hook": Payload(canary)}, path)
+        state["files"][path.name] = {"bytes": record.num_bytes, "sha256": record.sha256, "rank": 0}
+    write_marker(folder, state)  # all checksums fit
+    result = uvlm("launch", str(corpus), "--nproc=1", f"run={run}", "optim.steps=3")
+    assert result.returncode == 1
+    assert "which is no data; opening it could run code" in result.stderr
+    assert not canary.exists()
 
 
 def test_a_checkpoint_that_a_link_brings_in_from_elsewhere_is_opened_only_with_trust(

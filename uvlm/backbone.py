@@ -23,6 +23,7 @@ from uvlm.strict import Strict
 Family = Literal["llama", "qwen2", "qwen3"]
 # For every from_pretrained: nothing is downloaded, and no code of a folder runs.
 LOCAL_DATA: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by the config's names
 _FROM_FOLDER = {
     "family": "model_type",
     "hidden_size": "hidden_size",
@@ -136,8 +137,7 @@ def restore_rotation(backbone: PreTrainedModel) -> None:
     Inside `deepspeed.zero.Init` every floating-point tensor is made in the training dtype, this one too. In bf16 a
     frequency is off by up to 0.4%, an angle by half a turn at position 7,190, and nothing says so (run, heads of 64).
     """
-    old = backbone.model.rotary_emb
-    backbone.model.rotary_emb = type(old)(backbone.config).to(old.inv_freq.device)
+    backbone.model.rotary_emb = type(backbone.model.rotary_emb)(backbone.config).to(backbone.lm_head.weight.device)
 
 
 def fingerprint(init_from: Path) -> str:

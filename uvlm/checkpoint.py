@@ -12,16 +12,13 @@ all ranks refuse together. A checkpoint of another number of ranks is converted 
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import DataState
@@ -39,7 +36,9 @@ from uvlm.checkpoint_files import (
 )
 from uvlm.collectives import from_rank_0, on_all_ranks
 from uvlm.config import Config
-from uvlm.engine import Conversion, Engine
+from uvlm.conversion import load_converted
+from uvlm.engine import Engine
+from uvlm.trust import why_not
 
 FORMAT_VERSION = 2
 _POLL_SECONDS = 0.2
@@ -53,6 +52,8 @@ _FIXED = (
     "optim.betas",
     "optim.eps",
     "optim.weight_decay",
+    "optim.embedding_rate",
+    "optim.projection_rate",
 )
 
 
@@ -218,13 +219,16 @@ def complete(run: Path) -> list[Path]:
     return checkpoint_files.complete(run / "checkpoints")
 
 
-def load_latest(engine: Engine, config: Config, fixed: Mapping[str, Any] | None = None) -> Position:
+def load_latest(
+    engine: Engine, config: Config, fixed: Mapping[str, Any] | None = None, trust: bool = False
+) -> Position:
     """Bring the engine to the newest complete checkpoint, or stay at the start where there is none. All ranks call it.
 
     Nothing is deleted. With `checkpoint.fall_back`, damaged ones are passed over, with a sentence.
 
     Args:
         fixed: what `fixed_values` gave, at a start; none is needed where a run goes back to its own checkpoint.
+        trust: open a checkpoint that is not this user's own (trust.py).
 
     Raises:
         ValueError: on all ranks; it is damaged, of another run (`check_fits`), or cannot be loaded here.
@@ -235,11 +239,18 @@ def load_latest(engine: Engine, config: Config, fixed: Mapping[str, Any] | None 
         state = from_rank_0(partial(read_marker, folder))
         wrong = state if isinstance(state, str) else _wrong_somewhere(folder, state)
         if isinstance(state, str) or wrong:
-            _pass_over(str(wrong), found, config)
+            _refuse_unless_older(str(wrong), found, config)
+            if dist.get_rank() == 0:
+                print(f"{wrong}; this checkpoint is passed over and stays as it is", flush=True)
             continue
         if fixed is not None:
             _check_state(folder, state, config, fixed)
-        _load(engine, folder, state)
+        if sentence := from_rank_0(partial(why_not, folder, config.run, trust)):
+            raise ValueError(sentence)
+        if state["world_size"] == dist.get_world_size():
+            engine.load(folder, trust=trust)
+        else:
+            load_converted(engine, folder, state["world_size"])
         if dist.get_rank() == 0:
             print(f"goes on from step {state['step']}: {folder}", flush=True)
         return Position(state["step"], {int(row): value for row, value in state["rows"].items()})
@@ -261,63 +272,12 @@ def _wrong_somewhere(folder: Path, state: Mapping[str, Any]) -> str | None:
     return next(filter(None, wrong), None)
 
 
-def _pass_over(wrong: str, older: list[Path], config: Config) -> None:
-    """Tell that a checkpoint is damaged; ValueError unless there is an older one that may be used."""
+def _refuse_unless_older(wrong: str, older: list[Path], config: Config) -> None:
+    """ValueError where a checkpoint is damaged, unless there is an older one that may be used."""
     if not older:
         raise ValueError(f"{wrong}, and {config.run} has no older checkpoint; start a new run folder")
     if not config.checkpoint.fall_back:
         raise ValueError(f"{wrong}; checkpoint.fall_back=true goes on from step {step_of(older[-1])}")
-    if dist.is_initialized() and dist.get_rank() == 0:
-        print(f"{wrong}; this checkpoint is passed over and stays as it is", flush=True)
-
-
-def _load(engine: Engine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Load a checkpoint whose files have been looked at, by way of a universal one where the ranks are others."""
-    written_by, num_ranks = state["world_size"], dist.get_world_size()
-    if written_by == num_ranks:
-        engine.load(folder)
-        return
-    if sentence := engine.not_convertible():
-        raise ValueError(f"{folder} was written by {written_by} ranks and this start has {num_ranks}; {sentence}")
-    place = from_rank_0(lambda: _place_to_convert(folder, state))
-    if isinstance(place, str):
-        raise ValueError(place)
-    try:
-        if dist.get_rank() == 0:
-            print(f"converting {folder}, written by {written_by} ranks, for {num_ranks}", flush=True)
-        _convert(folder, place, engine.device)
-        engine.load(place, is_universal=True)
-        dist.barrier()
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(place.parent, ignore_errors=True)
-
-
-def _place_to_convert(folder: Path, state: Mapping[str, Any]) -> Path | str:
-    """A folder that no other conversion uses, one that was killed a moment ago either; or a sentence for want of room.
-
-    The converter keeps all pieces of the tensors beside the joined ones until it has ended.
-    """
-    needed = 2 * sum(file["bytes"] for file in state["files"].values())
-    if (free := shutil.disk_usage(folder).free) < needed:
-        return (
-            f"{folder} was written by {state['world_size']} ranks, to convert it needs {needed / 1e6:,.0f} MB and the "
-            f"disk has {free / 1e6:,.0f} MB free; free some space, or start {state['world_size']} ranks"
-        )
-    return Path(tempfile.mkdtemp(prefix=f".universal_{folder.name}_", dir=folder.parent)) / "universal"
-
-
-def _convert(folder: Path, place: Path, device: torch.device) -> None:
-    """Rank 0 has the conversion done by a process of its own, and the others ask it whether it has ended.
-
-    They ask again and again, since none of them knows how long it takes and a collective has its time limit.
-    """
-    with Conversion(folder, place) if dist.get_rank() == 0 else contextlib.nullcontext() as conversion:
-        while not on_all_ranks(conversion is None or conversion.is_done, device):
-            time.sleep(_POLL_SECONDS)
-        failed = from_rank_0(lambda: conversion.error() if conversion else None)
-    if failed:
-        raise ValueError(f"{folder} cannot be converted for {dist.get_world_size()} ranks: {failed}")
 
 
 def check_fits(config: Config, fixed: Mapping[str, Any]) -> None:
@@ -331,7 +291,7 @@ def check_fits(config: Config, fixed: Mapping[str, Any]) -> None:
         state = read_marker(folder)
         if not isinstance(state, str):
             return _check_state(folder, state, config, fixed)
-        _pass_over(state, found, config)
+        _refuse_unless_older(state, found, config)
 
 
 def _check_state(folder: Path, state: Mapping[str, Any], config: Config, fixed: Mapping[str, Any]) -> None:

@@ -24,6 +24,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="config keys to set, such as optim.steps=100")
 ]
 Run = Annotated[Path, typer.Argument(help="run folder")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="open a checkpoint from elsewhere, which can run code of its writer")
+]
 
 
 @app.callback()
@@ -45,7 +48,11 @@ def demo(
 
 
 @app.command()
-def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")], overrides: Overrides = None) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")],
+    overrides: Overrides = None,
+    trust: Trust = False,
+) -> None:
     """Train, or go on from the newest checkpoint. Under torchrun or srun this is one rank; alone, one process.
 
     SIGTERM, SIGUSR2 or a file STOP in the run folder ends it after the next step with a checkpoint and exit code 75; a
@@ -54,7 +61,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")
     from uvlm.config import load_config
     from uvlm.train import train as run_training
 
-    leave(run_training(load_config(config, overrides or [])))
+    leave(run_training(load_config(config, overrides or []), trust))
 
 
 @app.command()
@@ -62,6 +69,7 @@ def launch(
     config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")],
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes on this machine")],
     overrides: Overrides = None,
+    trust: Trust = False,
 ) -> None:
     """The same as `train` on this machine with several processes (torchrun underneath)."""
     from uvlm.check import check
@@ -69,7 +77,7 @@ def launch(
     from uvlm.distributed import launch as start
 
     check(load_config(config, overrides or []), nproc)
-    raise typer.Exit(start(["train", str(config), *(overrides or [])], nproc))
+    raise typer.Exit(start(["train", str(config), *(overrides or []), *["--trust"] * trust], nproc))
 
 
 @app.command(name="eval")
@@ -137,9 +145,7 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="export a model that leaves tokens out, to be run without leaving any out")
     ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="open a checkpoint from elsewhere, which can run code of its writer")
-    ] = False,
+    trust: Trust = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, with tokenizers and model card. Needs no GPU."""
     from uvlm.export import export as run_export

@@ -19,9 +19,7 @@ import pickle
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -35,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.packing import Pack
+from uvlm.backbone import restore_rotation
 from uvlm.checkpoint_files import FileRecord, StateWriter
 from uvlm.config import Config
 from uvlm.deepspeed_config import zero_stage
@@ -102,11 +101,16 @@ def _quiet() -> Any:
 @contextlib.contextmanager
 def partitioned(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """Modules that are made inside keep, under ZeRO-3, only this rank's share of their weights. Whatever the stage, the
-    values are undefined until `weights.fill` gives them."""
+    values are undefined until `weights.fill` gives them. ValueError where DeepSpeed refuses the config."""
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from transformers.initialization import no_init_weights
 
     with _quiet(), no_init_weights(), contextlib.ExitStack() as stack:
+        try:
+            DeepSpeedConfig(copy.deepcopy(deepspeed_config))
+        except (DeepSpeedConfigError, ValueError) as error:
+            raise ValueError(f"DeepSpeed refuses its JSON: {' '.join(str(error).split())}") from error
         if zero_stage(deepspeed_config) == 3:
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=deepspeed_config))
         yield
@@ -132,7 +136,6 @@ class Engine:
         import deepspeed
 
         self._deepspeed = deepspeed
-        self._hf_config = model.backbone.config
         self._policy = config.policy
         groups = parameter_groups(model, config.optim)
         self._group_settings = settings(groups)
@@ -202,25 +205,30 @@ class Engine:
         return sum(getattr(p, "ds_numel", p.numel()) * (12 + p.element_size()) for p in parameters)
 
     def not_convertible(self) -> str | None:
-        """A clause if `Conversion` cannot serve this engine; nothing is known of the checkpoint."""
+        """A clause if a `Conversion` cannot serve this engine."""
         if self._engine.zero_nvme_offload_optimizer():
             return "DeepSpeed converts no optimizer state that lies on NVMe; start as many ranks again"
         return None
 
-    def load(self, checkpoint: Path, is_universal: bool = False) -> None:
+    def load(self, checkpoint: Path, is_universal: bool = False, trust: bool = False) -> None:
         """Read it back, on all ranks. ValueError where it holds more than data or cannot be read.
 
         Args:
-            is_universal: made by a `Conversion`. DeepSpeed is told so for this load alone.
+            is_universal: made by a conversion.Conversion. DeepSpeed is told so for this load alone.
+            trust: its files may run code.
         """
         self._engine._config.load_universal_checkpoint = is_universal
         try:
-            with _quiet(), data_only(checkpoint):
+            with _quiet(), data_only(checkpoint, trust):
                 loaded, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
                 if is_universal:
                     self._complete_universal(checkpoint)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{checkpoint} cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{checkpoint} cannot be loaded ({reason}), though it is as it was written; use the versions that "
+                "environment.txt of the run names"
+            ) from error
         finally:
             self._engine._config.load_universal_checkpoint = False
         if loaded is None:
@@ -238,59 +246,33 @@ class Engine:
                 with gathered([parameter]):
                     parameter.copy_(weights[name])
 
+    def whole(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """A trained weight, in its training dtype, in host memory of rank 0; None elsewhere. All ranks call it."""
+        with self._deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
+
     def snapshot(self) -> UnifiedVLM | None:
         """The trained weights in a model without DeepSpeed, in their training dtype, on rank 0; None elsewhere. All
         ranks call it.
 
         One parameter at a time is gathered, so no rank but 0 ever holds more than its shard and that one.
         """
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in self._engine.module.named_parameters():
-            with self._deepspeed.zero.GatheredParameters([parameter]):
-                if dist.get_rank() == 0:
-                    state[name] = parameter.detach().to("cpu", copy=True)
+        state = {name: self.whole(parameter) for name, parameter in self.module.named_parameters()}
         if dist.get_rank() != 0:
             return None
-        dtype = next(iter(state.values())).dtype
-        model = UnifiedVLM(AutoModelForCausalLM.from_config(self._hf_config, dtype=dtype), self._policy)
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        with torch.device("meta"):
+            backbone = AutoModelForCausalLM.from_config(self.module.backbone.config)
+            model = UnifiedVLM(backbone, self._policy)
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         assert not unexpected, unexpected
         assert set(missing) <= {"backbone.lm_head.weight"}, missing  # tied to the embedding
+        backbone.tie_weights()
+        restore_rotation(backbone)
         return model.eval()
 
 
-class Conversion:
-    """A process that turns a checkpoint into DeepSpeed's universal one, which any number of ranks loads."""
-
-    def __init__(self, checkpoint: Path, target: Path) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        command = [sys.executable, "-m", "uvlm.engine", str(checkpoint), str(target)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._process.poll() is not None
-
-    def error(self) -> str | None:
-        """After its end, what went wrong, if anything did."""
-        if self._process.returncode == 0:
-            return None
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"the converter ended with code {self._process.returncode}"
-
-    def __enter__(self) -> Conversion:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._errors.close()
-
-
 def _convert(checkpoint: Path, target: Path) -> None:
-    """What the process of a `Conversion` does. Frozen weights, which DeepSpeed leaves out, go into a file beside."""
+    """What the process of a conversion.Conversion does. Frozen weights, which DeepSpeed leaves out, go into a file."""
     end_with_torchrun()  # so does this process with the rank that started it, and those that it starts
     os.register_at_fork(after_in_child=end_with_torchrun)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

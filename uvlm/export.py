@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.image_tokens import PREPROCESSING_NAME, Preprocessing, codes_hw_of
 from data_pipeline.vocab import SPECIALS, Vocab
-from uvlm.backbone import LOCAL_DATA, build_backbone
+from uvlm.backbone import DTYPES, LOCAL_DATA, build_backbone
 from uvlm.check import require_disk
 from uvlm.checkpoint import FORMAT_VERSION, complete
 from uvlm.checkpoint_files import FileRecord, damage, read_marker
@@ -38,11 +37,9 @@ from uvlm.config import Config
 from uvlm.engine import checkpoint_weights
 from uvlm.model_card import Facts, model_card
 from uvlm.policies.dense import Dense
-from uvlm.run_folder import IMAGE_PROJECTIONS, read_config
+from uvlm.run_folder import read_config
 from uvlm.trust import check_trusted
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_SHARD_BYTES = 5 * 10**9
+from uvlm.weights import IMAGE_PROJECTIONS, MAX_SHARD_BYTES, write_weights
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
@@ -228,20 +225,15 @@ def _fitting(tensors: Mapping[str, Any], skeleton: Any, folder: Path) -> dict[st
 
 
 def _write_weights(out: Path, weights: Trained, dtype: torch.dtype, max_shard_bytes: int, progress: Progress) -> None:
-    """model.safetensors, or shards of at most `max_shard_bytes` and their index. One shard at a time is in memory."""
-    empty = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.tensors.items()}
-    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
     num_done = 0
-    for file_name, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            shard[name] = weights.tensors[name].contiguous().detach().to(dtype)
-            num_done += 1
-            progress("reading weights", num_done, len(empty))
-        save_file(shard, out / file_name, {"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal num_done
+        num_done += 1
+        progress("reading weights", num_done, len(weights.tensors))
+        return weights.tensors[name].contiguous().detach()
+
+    write_weights(out, {name: tensor.shape for name, tensor in weights.tensors.items()}, dtype, read, max_shard_bytes)
 
 
 def _write_configs(out: Path, weights: Trained, vocab: Vocab, dtype: torch.dtype) -> None:

@@ -19,14 +19,16 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -36,9 +38,9 @@ from uvlm.backbone import LOCAL_DATA
 from uvlm.config import Config, dump_config, load_config
 from uvlm.metrics import median_of, read_records, update_summary
 from uvlm.model import UnifiedVLM
+from uvlm.weights import IMAGE_PROJECTIONS, write_weights
 
 _LOCK_SECONDS = 30
-IMAGE_PROJECTIONS = "image_projections.safetensors"
 
 
 def prepare(config: Config, deepspeed_config: dict[str, Any]) -> None:
@@ -141,18 +143,32 @@ def load_image_projections(model: UnifiedVLM, folder: Path) -> None:
         model.image_projections.load_state_dict(load_file(path))
 
 
-def save_model(config: Config, model: UnifiedVLM, vocab: str) -> None:
+def save_model(
+    config: Config, model: UnifiedVLM, vocab: str, whole: Callable[[nn.Parameter], Any] = nn.Parameter.detach
+) -> None:
     """RUN/model with weights, config and text tokenizer, whole or not at all; image projections in a file of their own.
 
-    vocab: fingerprint of the vocabulary, kept in the model's config.
+    Args:
+        vocab: fingerprint of the vocabulary, kept in the model's config.
+        whole: gives a weight on rank 0, which writes it, and None elsewhere (`Engine.whole`); all ranks call this.
     """
     folder = config.run / "model"
     partial = config.run / ".partial_model"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.backbone.config.uvlm_vocabulary = vocab
-    model.backbone.save_pretrained(partial)
-    if projections := model.image_projections.state_dict():
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    weights = dict(model.backbone.named_parameters())
+    shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in weights.items()}
+    write_weights(partial, shapes, next(iter(weights.values())).dtype, lambda name: whole(weights[name]))
+    projections = {name: whole(weight) for name, weight in model.image_projections.named_parameters()}
+    if not is_writer:
+        return
+    if projections:
         save_file(projections, partial / IMAGE_PROJECTIONS)
+    model.backbone.config.uvlm_vocabulary = vocab
+    model.backbone.config.architectures = [type(model.backbone).__name__]
+    model.backbone.config.save_pretrained(partial)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(config.data.tokenizer / "text" / "tokenizer.json"))
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

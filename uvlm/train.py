@@ -6,12 +6,10 @@ import contextlib
 import time
 from typing import Any
 
-import torch
-
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint, distributed, run_folder
 from uvlm import engine as deepspeed_engine
-from uvlm.backbone import build_backbone, restore_rotation, use_fused_kernels, weights_folder
+from uvlm.backbone import DTYPES, build_backbone, restore_rotation, use_fused_kernels, weights_folder
 from uvlm.check import check
 from uvlm.config import Config, dump_config
 from uvlm.deepspeed_config import zero_stage
@@ -23,11 +21,12 @@ from uvlm.model import UnifiedVLM
 from uvlm.trainer import Trainer
 from uvlm.weights import Weights, fill, freeze
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
-def train(config: Config) -> int:
+def train(config: Config, trust: bool = False) -> int:
     """Run to `optim.steps`, from the newest checkpoint of the run folder if it has one. Every rank calls this.
+
+    Args:
+        trust: go on from a checkpoint that is not this user's own (trust.py).
 
     Returns:
         The exit code: 0, or EXIT_STOPPED where the run was asked to stop and has written a checkpoint.
@@ -36,10 +35,10 @@ def train(config: Config) -> int:
     place = distributed.world()
     tree = check(config, place.size)
     with run_folder.held(config.run) if place.rank == 0 else contextlib.nullcontext():
-        return _train(config, tree, place, started)
+        return _train(config, tree, place, started, trust)
 
 
-def _train(config: Config, tree: dict[str, Any], place: distributed.World, started: float) -> int:
+def _train(config: Config, tree: dict[str, Any], place: distributed.World, started: float, trust: bool) -> int:
     distributed.end_with_torchrun()
     device = deepspeed_engine.start()
     vocab = Vocab.load(config.data.tokenizer)
@@ -47,7 +46,7 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World, start
     widths = Widths.of(model.backbone.config)
     engine = Engine(model, config, tree)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
-    position = checkpoint.load_latest(engine, config, fixed)
+    position = checkpoint.load_latest(engine, config, fixed, trust)
     trainer = Trainer(config, engine, vocab, device, fixed, position, widths, started)
     # Nothing has been written yet: whatever could refuse this start has had its say.
     if place.rank != 0:

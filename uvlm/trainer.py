@@ -65,12 +65,12 @@ class Trainer:
         self.position = position
         self.widths = widths
         quarantine = config.run / "quarantine" / f"rank_{distributed.world().rank}.jsonl"
-        self.loader = self._loader(config.data.train, position.data_state, quarantine)
+        self.loader = self._loader(config.data.train, config.data.num_workers, position.data_state, quarantine)
         self.saver = checkpoint.Saver(engine, config, fixed)
         self.life = Life(config.life, config.run, started)
         self.skips = Skips(config.life.max_skipped_steps, engine.skipped_steps)
         self.spikes = Spikes(config.life.spike)
-        self.validation = Validation(config, engine, vocab, device, self._loader, self._stop_wanted)
+        self.validation = Validation(config, engine, vocab, device, self._loader_of_held_out, self._stop_wanted)
         self.guard = Guard(engine.module, config.life.guard_every, _FIRST_STEPS)
         self.watchdog = Watchdog(_PATIENCE * START_TIMEOUT.total_seconds(), self.guard)
         self.step = position.step
@@ -135,6 +135,7 @@ class Trainer:
             with self.window.paused():
                 if self.validation.is_due(self.step):
                     self.validate(self.step)
+                self.watchdog.at(self.step, "log")
                 wishes = self.life.agree(unwritten=not self.saver.is_written)
                 self.save(self.step, data_state, wishes)
             if wishes.stop:
@@ -158,6 +159,7 @@ class Trainer:
         """
         own_counts_K = task_counts(packs)
         counts_K = own_counts_K.to(self.device, copy=True)
+        self.watchdog.at(step, "forward")  # who waits here for a slow loader is not in "data" any more
         dist.all_reduce(counts_K)
         scales_K = task_scales(counts_K, self.config.loss.weights, self.config.data.num_rows)
         self.engine.set_learning_rate(learning_rate(self.config.optim, step))
@@ -270,14 +272,22 @@ class Trainer:
 
     def _write_model(self) -> None:
         """Write the trained model as an ordinary folder, and the summary of the run."""
-        snapshot = self.engine.snapshot()
-        if snapshot:
-            run_folder.save_model(self.config, snapshot, self.vocab.fingerprint)
+        self.watchdog.at(self.step, "save")
+        run_folder.save_model(self.config, self.engine.module, self.vocab.fingerprint, self.engine.whole)
+        if self.writer:
             run_folder.summarise(self.config.run, self.vocab.size)
             print(f"trained model: {self.config.run / 'model'}", flush=True)
 
+    def _loader_of_held_out(self, sources: Sequence[SourceConfig]) -> Loader:
+        """From the beginning. Starting workers each time would take longer than reading a few steps."""
+        return self._loader(sources, num_workers=0)
+
     def _loader(
-        self, sources: Sequence[SourceConfig], state: DataState | None = None, quarantine: Path | None = None
+        self,
+        sources: Sequence[SourceConfig],
+        num_workers: int,
+        state: DataState | None = None,
+        quarantine: Path | None = None,
     ) -> Loader:
         place, data = distributed.world(), self.config.data
         return Loader(
@@ -287,7 +297,7 @@ class Trainer:
             num_rows=data.num_rows,
             rank=place.rank,
             world_size=place.size,
-            num_workers=data.num_workers,
+            num_workers=num_workers,
             seed=self.config.seed,
             max_rejected_share=data.max_rejected_share,
             quarantine=quarantine,

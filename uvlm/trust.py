@@ -20,17 +20,22 @@ REMEDY = "opening it could run code; if you know who wrote it and trust them, gi
 
 
 def check_trusted(checkpoint: Path, run: Path, trust: bool) -> None:
-    """Raise ValueError, naming the file where a checkpoint of `run` is not this user's own.
+    """Raise ValueError with what `why_not` says."""
+    if sentence := why_not(checkpoint, run, trust):
+        raise ValueError(sentence)
+
+
+def why_not(checkpoint: Path, run: Path, trust: bool) -> str | None:
+    """A sentence that names the file where a checkpoint of `run` is not this user's own; None where it may be opened.
 
     Args:
         checkpoint: RUN/checkpoints/step_*.
-        trust: the user has said that it may be opened; nothing is checked.
+        trust: the user has said that it may be opened; nothing is looked at.
     """
-    if trust:
-        return
     inside = run.resolve()
-    for path in (checkpoint.parent, checkpoint, *sorted(checkpoint.rglob("*"))):
+    for path in () if trust else (checkpoint.parent, checkpoint, *sorted(checkpoint.rglob("*"))):
         if not path.resolve().is_relative_to(inside):
-            raise ValueError(f"{path} is a link to {path.resolve()}, which lies outside {run}; {REMEDY}")
+            return f"{path} is a link to {path.resolve()}, which lies outside {run}; {REMEDY}"
         if path.stat().st_uid != os.geteuid():
-            raise ValueError(f"{path} belongs to another user (number {path.stat().st_uid}); {REMEDY}")
+            return f"{path} belongs to another user (number {path.stat().st_uid}); {REMEDY}"
+    return None

@@ -1,5 +1,5 @@
-"""What each weight starts from: drawn, or read from a folder of safetensors. One module at a time, so that under ZeRO-3
-no process ever holds the whole model.
+"""What each weight starts from: drawn, or read from a folder of safetensors; and how weights get into such a folder.
+One module, or one file, at a time, so that under ZeRO-3 no process ever holds the whole model.
 
 Inside `deepspeed.zero.Init` a module's weights are spread over the ranks as soon as it is made, and whatever draws them
 afterwards sees empty tensors: the model keeps torch's defaults, and the first loss is 248 instead of ln V = 7.6 (run).
@@ -16,19 +16,22 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from uvlm.model import UnifiedVLM
 
 IMAGE_PROJECTIONS = "image_projections.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
 # Given weights, a context in which they are whole; its value says whether this process is the one that writes them.
 Gathered = Callable[[Sequence[nn.Parameter]], AbstractContextManager[bool]]
 
@@ -85,6 +88,34 @@ class Weights:
                 f"model.init_from={self.folder} cannot be read; it needs the weights of its config.json as safetensors "
                 f"({reason})"
             ) from error
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    read: Callable[[str], torch.Tensor | None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """model.safetensors, or several of at most `max_shard_bytes` and their index: one at a time is in memory.
+
+    Args:
+        shapes: by name, what is to be written.
+        read: gives one tensor; it is called once for each name, in an order that `shapes` alone decides. Where it gives
+            None, in ranks that only help with reading, nothing is written.
+    """
+    empty = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
+    is_writer = False
+    for file_name, names in split.filename_to_tensors.items():
+        tensors = {name: read(name) for name in names}
+        shard = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items() if tensor is not None}
+        is_writer = bool(shard)
+        if is_writer:
+            save_file(shard, folder / file_name, {"format": "pt"})
+    if is_writer and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class Filled(NamedTuple):
