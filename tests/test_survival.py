@@ -1,6 +1,7 @@
 """What a run survives: ranks killed anywhere, other numbers of ranks, damaged checkpoints, a full disk. Real ranks.
 
 In all of it the order of the data stays the same to the bit: the state of every row is compared in every checkpoint.
+The twenty kills take 6 minutes and the rest 5, nearly all of it starts (run, two cores).
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ shares memory shared. The thread then writes, computing the checksum from the ve
 fsyncs. DeepSpeed's own decoupled writer is not used: it needs libaio on every node, and hands the live tensors to a
 spawned process, so that a step must not begin before that has ended.
 
-Cost (run, a model of 5.2M parameters on two ranks, 63 MB, on two busy cores, the median of six): a save holds up the
-training for 0.11 s, and for 0.69 s without `background`; 15.2M parameters, 183 MB: 0.44 s and 1.10 s. SHA-256 does
-1.0 GB/s on one core, CRC-32 3.5 and BLAKE2b 0.7 (run): it is faster than the share of a file system that a rank gets,
-and runs beside the training.
+Cost (run, two ranks on two cores, the median of six): a model of 5.2M parameters, 63 MB, is held up for 0.10 s and for
+0.13 s without `background`; one of 15.2M, 183 MB, for 0.15 s and 0.50 s; on busy cores for 0.44 s and 1.10 s. SHA-256
+does 1.0 GB/s on one core, CRC-32 3.5 and BLAKE2b 0.7 (run): it is faster than the share of a file system that a rank
+gets, and runs beside the training.
 """
 
 from __future__ import annotations

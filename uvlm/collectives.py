@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,23 @@ T = TypeVar("T")
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, where alone it is called, on all ranks: something that pickles."""
-    made = [make() if dist.get_rank() == 0 else None]
+    """What `make` gives on rank 0, where alone it is called, on all ranks: something that pickles.
+
+    What it raises ends all ranks, rank 0 with that itself; the others would wait for ever for a value.
+    """
+    made: list[Any] = [None, None]
+    failed: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            failed, made[1] = error, f"rank 0: {error or type(error).__name__}"
     dist.broadcast_object_list(made)
-    return made[0]  # type: ignore[return-value]
+    if failed:
+        raise failed
+    if made[1]:
+        raise ValueError(made[1])
+    return cast("T", made[0])
 
 
 def on_all_ranks(flag: bool, device: torch.device) -> bool:

@@ -18,6 +18,13 @@ _OWNED_BY_YAML = {
     "fp16": "dtype",
     "scheduler": "optim.schedule",
 }
+# These would go around what writes and checks checkpoints, or put them where only one node sees them.
+_OWN_WRITING = (
+    "checkpoint.writer",
+    "checkpoint.use_node_local_storage",
+    "checkpoint.load_universal",
+    "datastates_ckpt",
+)
 _OWNED_OPTIMIZER_PARAMS = {
     "lr": "optim.learning_rate",
     "betas": "optim.betas",
@@ -61,6 +68,10 @@ def resolve(tree: dict[str, Any], config: Config, world_size: int) -> dict[str, 
     for key, owner in _OWNED_BY_YAML.items():
         if key in resolved:
             raise ValueError(_clash(key, resolved[key], owner, yaml_tree))
+    for key in _OWN_WRITING:
+        section, _, name = key.partition(".")
+        if key in resolved or (name and name in resolved.get(section, {})):
+            raise ValueError(f"the DeepSpeed JSON sets {key}, but uvlm writes and converts checkpoints; remove it")
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
     for key, owner in _OWNED_OPTIMIZER_PARAMS.items():

@@ -5,8 +5,6 @@ and srun with one task per GPU, which says the same in words of its own. Variabl
 what ruins such trainings: every process believes that it is rank 0, or trains alone. So whatever contradicts itself is
 refused before anybody waits for anybody. Under srun alone each task asks Slurm's controller for one address, 13 to 31
 ms (run, a controller of two nodes); with MASTER_ADDR set it asks nothing.
-
-Collectives here are the few that the trainer itself needs; those of ZeRO belong to DeepSpeed (engine.py).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from data_pipeline.vocab import SPECIALS, Vocab
 from uvlm.backbone import DTYPES, LOCAL_DATA, build_backbone
 from uvlm.check import require_disk
 from uvlm.checkpoint import FORMAT_VERSION, complete
-from uvlm.checkpoint_files import FileRecord, damage, read_marker
+from uvlm.checkpoint_files import FileRecord, damage, read_marker, step_of
 from uvlm.config import Config
 from uvlm.engine import checkpoint_weights
 from uvlm.model_card import Facts, model_card
@@ -146,7 +146,7 @@ def open_weights(run: Path, config: Config, vocab: Vocab, step: int | None, trus
     """The weights of a finished run, or of a checkpoint; ValueError where there are none, or they do not fit."""
     if (run / "model").is_dir() and step is None:
         return _finished(run, config, vocab)
-    found = {int(folder.name.removeprefix("step_")): folder for folder in complete(run)}
+    found = {step_of(folder): folder for folder in complete(run)}
     if not found:
         raise ValueError(f"{run} has neither a trained model nor a complete checkpoint; train it with `uvlm launch`")
     step = max(found) if step is None else step

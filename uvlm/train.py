@@ -11,6 +11,7 @@ from uvlm import checkpoint, distributed, run_folder
 from uvlm import engine as deepspeed_engine
 from uvlm.backbone import DTYPES, build_backbone, restore_rotation, use_fused_kernels, weights_folder
 from uvlm.check import check
+from uvlm.collectives import from_rank_0
 from uvlm.config import Config, dump_config
 from uvlm.deepspeed_config import zero_stage
 from uvlm.engine import Engine
@@ -56,7 +57,8 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World, start
     if position.step < config.optim.steps:
         run_folder.forget_results(config.run)
     with MetricWriter(config.run, position.step) as writer:
-        print(f"resumed at step {position.step} of {config.optim.steps}" if position.step else first_words, flush=True)
+        if first_words:
+            print(first_words, flush=True)
         writer.text(position.step, "config", f"```yaml\n{dump_config(config)}```")
         return EXIT_STOPPED if trainer.run(writer) else 0
 
@@ -77,14 +79,14 @@ def build(config: Config, vocab: Vocab, tree: dict[str, Any]) -> tuple[UnifiedVL
     restore_rotation(backbone)
     use_fused_kernels(backbone)
     backbone.lm_head.z_loss = config.loss.z_loss
-    sentence = ""
-    if not checkpoint.complete(config.run):
+    sentences = []
+    if not from_rank_0(lambda: checkpoint.complete(config.run)):
         folder = weights_folder(config.model.init_from) if config.model.init_from else None
         weights = Weights(folder) if folder else None
-        sentence = fill(model, config.seed, weights, deepspeed_engine.gathered).sentence(folder)
+        sentences.append(fill(model, config.seed, weights, deepspeed_engine.gathered).sentence(folder))
     if num_frozen := freeze(model, config.model.freeze):
-        sentence += f"; {num_frozen / 1e6:.1f}M of the weights are frozen"
-    return model, sentence
+        sentences.append(f"{num_frozen / 1e6:.1f}M weights are frozen")
+    return model, "; ".join(sentences)
 
 
 def _headline(config: Config, model: UnifiedVLM, vocab: Vocab, world_size: int) -> str:

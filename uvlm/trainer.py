@@ -20,6 +20,7 @@ from data_pipeline.loader import DataState, Loader
 from data_pipeline.packing import Pack
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint, distributed, run_folder
+from uvlm.collectives import from_rank_0
 from uvlm.config import Config, SourceConfig
 from uvlm.engine import START_TIMEOUT, Engine
 from uvlm.flops import Widths
@@ -216,7 +217,7 @@ class Trainer:
                 "lower optim.learning_rate, look at the data around it (RUN/events.jsonl), or set "
                 "life.spike.max_rollbacks"
             )
-        if not checkpoint.complete(self.config.run):
+        if not from_rank_0(lambda: checkpoint.complete(self.config.run)):
             self._say_event(f"step {step}: the loss rose to {loss:.3f}, and there is no checkpoint to go back to")
             return
         back = checkpoint.load_latest(self.engine, self.config, self.fixed).step
