@@ -20,7 +20,8 @@
 # export UVLM_LOCAL_DISK=/local        # node-local folder for compiled kernels (default: TMPDIR or /tmp). A shared
 #                                      # disk works but is slow, and a killed start can leave a lock behind there.
 
-# -- The network. Touch these only if a start hangs at "init_process_group".
-# export GLOO_SOCKET_IFNAME=eno1       # interface by which the nodes reach each other (CPU jobs, checkpoints)
+# -- The network. Touch these only if a start hangs, or fails in gloo or NCCL.
+# export GLOO_SOCKET_IFNAME=eno1       # interface by which the nodes reach each other; GPU jobs use gloo too, in each
+#                                      # step, to agree whether to stop
 # export NCCL_SOCKET_IFNAME=ib0        # the same for NCCL's own handshakes
 # export NCCL_DEBUG=WARN

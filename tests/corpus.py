@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import yaml
 
 from data_pipeline.schema import Document
@@ -17,6 +19,7 @@ from data_pipeline.vocab import Vocab
 from tests.test_image_tokens import make_folder
 from tests.test_schema import make_document
 from tests.test_vocab import make_tokenizer
+from uvlm.metrics import read_records
 
 NUM_DOCUMENTS = 96
 
@@ -90,3 +93,18 @@ def launch(config: Path, num_ranks: int, *overrides: str) -> None:
     """Train on `num_ranks` real ranks; the test fails with their output where they fail."""
     result = uvlm("launch", str(config), f"--nproc={num_ranks}", *overrides)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The mean loss of each step that was recorded."""
+    return {record["step"]: record["loss/mean"] for record in read_records(run) if "loss/mean" in record}
+
+
+def rank_process(launcher: int, rank: int) -> psutil.Process | None:
+    """The process of a rank below `launcher`, a process id; None where it has not started or has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.environ().get("RANK") == str(rank) and "uvlm" in child.cmdline():
+                    return child
+    return None

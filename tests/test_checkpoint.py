@@ -6,19 +6,20 @@ import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.one_rank import FILES, OneRank, change_state, checkpoint_config, contents, load, names, save, saver_of
 from uvlm import checkpoint_files
 from uvlm.checkpoint import Position, check_fits, complete, fixed_values
 from uvlm.checkpoint_files import MARKER, publish, read_marker, remove, to_host
 from uvlm.config import Config
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class FullDisk(OneRank):
@@ -33,13 +34,6 @@ class Killed(OneRank):
     def save(self, folder: Path, tag: str) -> None:
         super().save(folder, tag)
         raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

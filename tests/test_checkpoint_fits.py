@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch.distributed as dist
 
 from tests.helpers import tiny_model
 from tests.one_rank import OneRank, change_state, checkpoint_config, load, save
@@ -16,12 +14,7 @@ from uvlm.checkpoint_files import MARKER
 from uvlm.config import Config, load_config
 from uvlm.engine import Engine
 
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture

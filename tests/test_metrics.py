@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from uvlm.metrics import MetricWriter, median_of, read_records, read_summary, update_summary
@@ -28,6 +29,18 @@ def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
     with MetricWriter(tmp_path, 1) as writer:
         writer.scalars(2, {"a": 3.0})
     assert median_of(tmp_path, "a") == 2.5
+
+
+def test_a_full_disk_costs_records_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricWriter(tmp_path, 0) as writer:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        writer.scalars(1, {"a": 1.0})
+        writer.scalars(2, {"a": 2.0})
+        (tmp_path / "metrics.jsonl").unlink()
+        writer.scalars(3, {"a": 3.0})
+    assert read_records(tmp_path) == [{"step": 3, "a": 3.0}]
+    assert capsys.readouterr().out.count("cannot be written and are lost ([Errno 28] No space left on device)") == 1
 
 
 def test_pictures_reach_tensorboard(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from data_pipeline.loader import Loader
 from data_pipeline.vocab import Vocab
-from tests.corpus import launch, uvlm, write_corpus
+from tests.corpus import launch, losses, rank_process, uvlm, write_corpus
 from uvlm.checkpoint import complete
 from uvlm.checkpoint_files import read_marker, write_marker
 from uvlm.config import Config, load_config
@@ -45,14 +46,10 @@ def uninterrupted(config: Path) -> Path:
     return run
 
 
-def _losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["loss/mean"] for record in read_records(run) if "loss/mean" in record}
-
-
 def _assert_same(run: Path, other: Path) -> None:
-    losses, others = _losses(run), _losses(other)
-    assert losses.keys() == others.keys() == set(range(1, NUM_STEPS + 1))
-    assert losses == pytest.approx(others, abs=1e-6)
+    got, expected = losses(run), losses(other)
+    assert got.keys() == expected.keys() == set(range(1, NUM_STEPS + 1))
+    assert got == pytest.approx(expected, abs=1e-6)
 
 
 Act = Callable[[int], None]  # with the launcher's process id
@@ -72,20 +69,21 @@ def _launch_until(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         assert process.stdout is not None
+        limit = threading.Timer(240, process.kill)  # a run that hangs fails the test
+        limit.start()
         for text in process.stdout:
             output += text
             if acts and acts[0][0] in text:
                 acts.pop(0)[1](process.pid)
+        limit.cancel()
     assert not acts, output
     return process.returncode, output
 
 
 def _rank(launcher: int, rank: int) -> psutil.Process:
-    """The process of a rank."""
-    for child in psutil.Process(launcher).children(recursive=True):
-        if child.environ().get("RANK") == str(rank) and "uvlm" in child.cmdline():
-            return child
-    raise AssertionError(f"there is no rank {rank}")
+    process = rank_process(launcher, rank)
+    assert process, f"there is no rank {rank}"
+    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
@@ -99,7 +97,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_a_code_of_its_own(
     assert code == EXIT_STOPPED, output
     assert "Traceback" not in output
     (checkpoint,) = complete(run)
-    stopped_at = max(_losses(run))
+    stopped_at = max(losses(run))
     assert checkpoint.name == f"step_{stopped_at:08d}", "the step that was being done is the last one"
     assert f"stopped after step {stopped_at}: another rank was asked to; the same command goes on" in output
     assert not (run / "model").exists()
@@ -133,7 +131,18 @@ def test_a_time_budget_ends_in_time_with_a_checkpoint(config: Path, tmp_path: Pa
     assert result.returncode == EXIT_STOPPED, result.stderr
     assert "life.hours=0.001 are nearly over; the same command goes on from here" in result.stdout
     (checkpoint,) = complete(run)
-    assert read_marker(checkpoint)["step"] == max(_losses(run))  # type: ignore[index]
+    assert read_marker(checkpoint)["step"] == max(losses(run))  # type: ignore[index]
+
+
+def test_a_run_that_stops_without_its_checkpoint_says_so_and_fails(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("no folder")
+    result = uvlm("launch", str(config), "--nproc=2", f"run={run}", "life.hours=0.001", "optim.steps=100000")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"no checkpoint of step 1: {run / 'checkpoints'} cannot be written" in result.stdout
+    assert "error: the checkpoint of step 1 could not be written, for the reason above" in result.stderr
+    assert "goes on from here" not in result.stdout
 
 
 def test_a_rank_that_stands_still_is_named_and_the_others_end(config: Path, tmp_path: Path) -> None:
@@ -215,10 +224,14 @@ def test_after_a_spike_the_weights_go_back_and_the_packs_since_then_are_left_out
     state = read_marker(checkpoint)
     assert isinstance(state, dict)
     assert state["step"] == 10
-    write_marker(checkpoint, {**state, "rows": _data_state(load_config(config), 12)})
+    rows = _data_state(load_config(config), 12)
+    again = read_marker(run / "checkpoints" / checkpoint.name)
+    assert isinstance(again, dict)
+    assert again["rows"] == rows, "a start after a crash leaves them out too"
+    write_marker(checkpoint, {**state, "rows": rows})
     launch(config, 2, f"run={expected}", "checkpoint.every=5", "checkpoint.keep=9")
     _assert_same(run, expected)
-    assert _losses(run)[11] != pytest.approx(_losses(uninterrupted)[11], abs=1e-4), "the packs are others"
+    assert losses(run)[11] != pytest.approx(losses(uninterrupted)[11], abs=1e-4), "the packs are others"
 
 
 def _data_state(config: Config, num_steps: int) -> dict[str, Any]:
@@ -248,5 +261,5 @@ def test_spikes_again_and_again_end_the_run(config: Path, tmp_path: Path) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; DeepSpeed has no fp16 on a CPU")
 def test_fp16_learns_with_a_loss_scale(config: Path, tmp_path: Path) -> None:
     launch(config, 1, f"run={tmp_path / 'run'}", "dtype=fp16")
-    losses = _losses(tmp_path / "run")
-    assert losses[NUM_STEPS] < losses[1]
+    got = losses(tmp_path / "run")
+    assert got[NUM_STEPS] < got[1]

@@ -2,14 +2,12 @@
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.nn.functional import cross_entropy
 
@@ -33,13 +31,6 @@ from uvlm.validation import MAX_SOURCES, means, pack_sums
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def _alone() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 TWO_ANSWERS = ("understand", [image(2, 2), text(3), text(2, loss=True), text(1), text(3, loss=True)])
@@ -115,7 +106,7 @@ def test_an_empty_prompt_is_refused_before_the_run_starts() -> None:
         load_config(Path("demo"), ["validation.prompts=[a red circle, ' ']"])
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_the_same_weights_give_the_same_numbers_and_pictures_each_time(path: Path) -> None:
     validates, engine = validation(configured(path), Clock(1.0))
     (first, picture), (second, same_picture) = validates.run(20), validates.run(20)
@@ -128,7 +119,7 @@ def test_the_same_weights_give_the_same_numbers_and_pictures_each_time(path: Pat
     assert not any(parameter.grad is not None for parameter in engine.model.parameters())
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_losses_are_those_of_the_finished_model_over_all_packs(path: Path) -> None:
     config = configured(path, "validation.prompts=[]", "validation.steps=3")
     assert config.policy.at_inference() != config.policy, "in training some tokens are left out"
@@ -149,7 +140,7 @@ def test_losses_are_those_of_the_finished_model_over_all_packs(path: Path) -> No
     assert len(losses) == 2
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_the_picture_shows_what_each_prompt_gives_with_its_own_seed(path: Path) -> None:
     config = configured(path)
     validates, engine = validation(config, Clock())
@@ -160,7 +151,7 @@ def test_the_picture_shows_what_each_prompt_gives_with_its_own_seed(path: Path) 
     assert np.array_equal(picture, picture_grid(images, PROMPTS))
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_it_is_due_every_so_many_steps_and_at_the_end(path: Path) -> None:
     validates, _ = validation(configured(path, "validation.every=8"), Clock())
     assert [step for step in range(1, 21) if validates.is_due(step)] == [8, 16, 20]
@@ -169,7 +160,7 @@ def test_it_is_due_every_so_many_steps_and_at_the_end(path: Path) -> None:
         assert not validates.is_due(20)
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_beyond_its_share_of_the_time_it_is_put_off_and_that_is_said_once(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +185,7 @@ def test_beyond_its_share_of_the_time_it_is_put_off_and_that_is_said_once(
     assert validates.is_due(1000), "the last step's takes place whatever it costs"
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_pictures_wait_where_there_is_time_for_losses_only(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     validates, engine = validation(configured(path, "optim.steps=1000"), clock, seconds=0.01, drawing_seconds=1.0)
@@ -215,7 +206,7 @@ def test_pictures_wait_where_there_is_time_for_losses_only(path: Path, capsys: p
     assert validates.run(30)[1] is not None
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_a_stop_between_packs_leaves_nothing_half_measured(path: Path) -> None:
     validates, engine = validation(configured(path), Clock(), StopOnLastRank(4))
     assert validates.run(20) == ({}, None)
@@ -223,7 +214,7 @@ def test_a_stop_between_packs_leaves_nothing_half_measured(path: Path) -> None:
     assert engine.model.training
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), ValueError("the text is too long")])
 def test_pictures_that_cannot_be_drawn_do_not_end_the_run(
     path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

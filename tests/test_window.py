@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from data_pipeline.schema import TASKS
 from tests.helpers import mixed_pack, tiny_model
@@ -16,14 +13,9 @@ from uvlm.policies import Policy
 from uvlm.token_plan import TokenPlan
 from uvlm.window import Window, num_useful_tokens
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 def _counts(**by_task: float) -> torch.Tensor:

@@ -134,8 +134,9 @@ def build_backbone(config: ModelConfig, vocab_size: int, dtype: torch.dtype = to
 def restore_rotation(backbone: PreTrainedModel) -> None:
     """Make the table of rotary frequencies anew, in fp32.
 
-    Inside `deepspeed.zero.Init` every floating-point tensor is made in the training dtype, this one too. In bf16 a
-    frequency is off by up to 0.4%, an angle by half a turn at position 7,190, and nothing says so (run, heads of 64).
+    Inside `deepspeed.zero.Init` every floating-point tensor is made in the training dtype, this one too, and a
+    DeepSpeed JSON may ask for another dtype of buffers. In bf16 a frequency is off by up to 0.4%, an angle by half a
+    turn at position 7,190, and nothing says so (run, heads of 64).
     """
     backbone.model.rotary_emb = type(backbone.model.rotary_emb)(backbone.config).to(backbone.lm_head.weight.device)
 

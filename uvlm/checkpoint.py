@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,9 +85,17 @@ class Saver:
 
     Args:
         fixed: what `fixed_values` gave for this run.
+        waiting: called now and then while `finish` waits for the disk.
     """
 
-    def __init__(self, engine: Engine, config: Config, fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: Config,
+        fixed: Mapping[str, Any],
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._waiting = waiting
         self._engine = engine
         self._config = config
         self._fixed = fixed
@@ -133,6 +141,7 @@ class Saver:
             return True
         # Not one long collective: a slow disk is no hung rank.
         while not on_all_ranks(self.is_written, self._engine.device):
+            self._waiting()
             time.sleep(_POLL_SECONDS)
         pending, self._pending = self._pending, None
         try:
@@ -250,7 +259,7 @@ def load_latest(
         if state["world_size"] == dist.get_world_size():
             engine.load(folder, trust=trust)
         else:
-            load_converted(engine, folder, state["world_size"])
+            load_converted(engine, folder, state["world_size"], trust)
         if dist.get_rank() == 0:
             print(f"goes on from step {state['step']}: {folder}", flush=True)
         return Position(state["step"], {int(row): value for row, value in state["rows"].items()})

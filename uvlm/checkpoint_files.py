@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,6 +31,7 @@ import torch
 
 from data_pipeline.files import replace_file
 
+_NAME = re.compile(r"step_\d+(\.old)?")  # a copy that somebody keeps under another name is none of ours
 MARKER = "state.json"  # its presence makes a folder a complete checkpoint
 _ASIDE = ".old"  # on the name of one that is being removed or replaced
 
@@ -204,7 +206,7 @@ def remove(folder: Path) -> None:
 def complete(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first. One that was put aside counts as long as its marker is there: a process that
     is killed between the two names of `publish` loses nothing."""
-    found = [marker.parent for marker in checkpoints.glob(f"step_*/{MARKER}")]
+    found = [marker.parent for marker in checkpoints.glob(f"step_*/{MARKER}") if _NAME.fullmatch(marker.parent.name)]
     return sorted(found, key=lambda folder: (step_of(folder), folder.suffix != _ASIDE))
 
 

@@ -61,7 +61,15 @@ def train(
     from uvlm.config import load_config
     from uvlm.train import train as run_training
 
-    leave(run_training(load_config(config, overrides or []), trust))
+    try:
+        code = run_training(load_config(config, overrides or []), trust)
+    except (ValueError, OSError) as error:
+        if os.environ.get("UVLM_TRACEBACK"):
+            raise
+        # Not by way of an interpreter that waits for its threads: one may hang in a write that nobody needs any more.
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    leave(code)
 
 
 @app.command()

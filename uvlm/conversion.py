@@ -31,9 +31,9 @@ _POLL_SECONDS = 0.2
 class Conversion:
     """A process that turns a checkpoint into DeepSpeed's universal one, which any number of ranks loads."""
 
-    def __init__(self, checkpoint: Path, target: Path) -> None:
+    def __init__(self, checkpoint: Path, target: Path, trust: bool) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        command = [sys.executable, "-m", "uvlm.engine", str(checkpoint), str(target)]
+        command = [sys.executable, "-m", "uvlm.engine", str(checkpoint), str(target), *["--trust"] * trust]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._errors)
 
     @property
@@ -58,8 +58,10 @@ class Conversion:
         self._errors.close()
 
 
-def load_converted(engine: Engine, folder: Path, written_by: int) -> None:
+def load_converted(engine: Engine, folder: Path, written_by: int, trust: bool = False) -> None:
     """Bring the engine to a checkpoint that `written_by` ranks have written. All ranks call it.
+
+    trust: its files may run code.
 
     ValueError, on all ranks, where it cannot be converted or there is no room to.
     """
@@ -72,9 +74,9 @@ def load_converted(engine: Engine, folder: Path, written_by: int) -> None:
     try:
         if dist.get_rank() == 0:
             print(f"converting {folder}, written by {written_by} ranks, for {num_ranks}", flush=True)
-        if sentence := _convert(folder, place, engine.device):
+        if sentence := _convert(folder, place, engine.device, trust):
             raise ValueError(f"{folder} cannot be converted for {num_ranks} ranks: {sentence}")
-        engine.load(place, is_universal=True)
+        engine.load(place, is_universal=True, trust=trust)
         dist.barrier()
     finally:
         if dist.get_rank() == 0:
@@ -93,9 +95,16 @@ def _place_for(folder: Path, written_by: int) -> Path | str:
     return Path(tempfile.mkdtemp(prefix=f".universal_{folder.name}_", dir=folder.parent)) / "universal"
 
 
-def _convert(folder: Path, place: Path, device: torch.device) -> str | None:
+def _convert(folder: Path, place: Path, device: torch.device, trust: bool) -> str | None:
     """What went wrong, if anything did, the same on all ranks."""
-    with Conversion(folder, place) if dist.get_rank() == 0 else contextlib.nullcontext() as conversion:
+    conversion: Conversion | None = None
+
+    def begin() -> None:
+        nonlocal conversion
+        conversion = Conversion(folder, place, trust)
+
+    from_rank_0(begin)  # where it cannot even begin, no rank waits for its end
+    with conversion or contextlib.nullcontext():
         while not on_all_ranks(conversion is None or conversion.is_done, device):
             time.sleep(_POLL_SECONDS)
         return from_rank_0(lambda: conversion.error() if conversion else None)

@@ -68,6 +68,9 @@ def resolve(tree: dict[str, Any], config: Config, world_size: int) -> dict[str, 
     for key, owner in _OWNED_BY_YAML.items():
         if key in resolved:
             raise ValueError(_clash(key, resolved[key], owner, yaml_tree))
+    for section in ("optimizer", "checkpoint", "zero_optimization"):
+        if not isinstance(resolved.get(section, {}), dict):
+            raise ValueError(f"{section} must be an object of keys and values; see ds_configs/zero3.json")
     for key in _OWN_WRITING:
         section, _, name = key.partition(".")
         if key in resolved or (name and name in resolved.get(section, {})):
@@ -90,8 +93,6 @@ def resolve(tree: dict[str, Any], config: Config, world_size: int) -> dict[str, 
         "stage3_param_persistence_threshold": 10 * hidden,
     }
     zero = resolved.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError("zero_optimization must be an object of keys and values; see ds_configs/zero3.json")
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage={zero.get('stage', 0)!r} is not supported; use 1, 2 or 3")
     zero.update({key: automatic[key] for key, value in zero.items() if value == "auto" and key in automatic})

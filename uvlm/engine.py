@@ -141,6 +141,7 @@ class Engine:
         self._group_settings = settings(groups)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+        restore_rotation(model.backbone)
         self.device: torch.device = self._engine.device
         self._writer = StateWriter(config.checkpoint.background)
         self._engine.checkpoint_engine.save = self._writer.save
@@ -271,7 +272,7 @@ class Engine:
         return model.eval()
 
 
-def _convert(checkpoint: Path, target: Path) -> None:
+def _convert(checkpoint: Path, target: Path, trust: bool) -> None:
     """What the process of a conversion.Conversion does. Frozen weights, which DeepSpeed leaves out, go into a file."""
     end_with_torchrun()  # so does this process with the rank that started it, and those that it starts
     os.register_at_fork(after_in_child=end_with_torchrun)
@@ -279,7 +280,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     num_processes = min(8, len(os.sched_getaffinity(0)))
-    with data_only(checkpoint):
+    with data_only(checkpoint, trust):
         ds_to_universal.main(
             argparse.Namespace(
                 input_folder=str(checkpoint),
@@ -380,4 +381,4 @@ def checkpoint_weights(checkpoint: Path, trust: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]), trust=sys.argv[3:] == ["--trust"])

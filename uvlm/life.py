@@ -29,6 +29,7 @@ from uvlm.strict import Strict
 
 EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+SPARE_SECONDS = 60.0  # of the time budget, beside what a checkpoint is known to take
 
 
 class SpikeConfig(Strict):
@@ -92,7 +93,7 @@ class Life:
         self._is_first = dist.get_rank() == 0
         self._signal: int | None = None
         self.reason = ""
-        self.seconds_to_stop = 0.0  # what a step and the last checkpoint take: kept free in the time budget
+        self.seconds_to_stop = SPARE_SECONDS  # what a step and a checkpoint take, once known: kept free in the budget
         # Flags go over the host: reading them from a GPU would make every step wait for it.
         self._group = dist.new_group(backend="gloo") if torch.cuda.is_available() else None
         if self._is_first:

@@ -6,9 +6,10 @@ after the checkpoint, so each step stands there once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,7 @@ class MetricWriter:
     def __init__(self, run: Path, resume_step: int) -> None:
         self._run = run
         self._path = run / "metrics.jsonl"
+        self._has_failed = False
         self._open(resume_step)
 
     def _open(self, resume_step: int) -> None:
@@ -41,14 +43,26 @@ class MetricWriter:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values under `step`, the number of optimizer steps done."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        with self._path.open("a") as file:
+        with self._spared():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        with self._spared(), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """No record may stop a run: where the disk is full it is lost, and that is said once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                print(f"records of {self._run} cannot be written and are lost ({error})", flush=True)
+            self._has_failed = True
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """pixels: uint8 [height, width, 3]."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        with self._spared():
+            self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def text(self, step: int, name: str, value: str) -> None:
         self._board.add_text(name, value, step)
@@ -59,7 +73,8 @@ class MetricWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._board.close()
+        with self._spared():
+            self._board.close()
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:

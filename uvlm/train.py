@@ -6,10 +6,12 @@ import contextlib
 import time
 from typing import Any
 
+import torch.distributed as dist
+
 from data_pipeline.vocab import Vocab
 from uvlm import checkpoint, distributed, run_folder
 from uvlm import engine as deepspeed_engine
-from uvlm.backbone import DTYPES, build_backbone, restore_rotation, use_fused_kernels, weights_folder
+from uvlm.backbone import DTYPES, build_backbone, use_fused_kernels, weights_folder
 from uvlm.check import check
 from uvlm.collectives import from_rank_0
 from uvlm.config import Config, dump_config
@@ -48,19 +50,23 @@ def _train(config: Config, tree: dict[str, Any], place: distributed.World, start
     engine = Engine(model, config, tree)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
     position = checkpoint.load_latest(engine, config, fixed, trust)
-    trainer = Trainer(config, engine, vocab, device, fixed, position, widths, started)
+    trainer = Trainer(config, engine, vocab, device, fixed, position, widths, started, trust)
     # Nothing has been written yet: whatever could refuse this start has had its say.
     if place.rank != 0:
-        return EXIT_STOPPED if trainer.run(None) else 0
-    print(_headline(config, model, vocab, place.size), flush=True)
-    run_folder.prepare(config, tree)
-    if position.step < config.optim.steps:
-        run_folder.forget_results(config.run)
-    with MetricWriter(config.run, position.step) as writer:
-        if first_words:
-            print(first_words, flush=True)
-        writer.text(position.step, "config", f"```yaml\n{dump_config(config)}```")
-        return EXIT_STOPPED if trainer.run(writer) else 0
+        was_stopped = trainer.run(None)
+    else:
+        print(_headline(config, model, vocab, place.size), flush=True)
+        run_folder.prepare(config, tree)
+        if position.step < config.optim.steps:
+            run_folder.forget_results(config.run)
+        with MetricWriter(config.run, position.step) as writer:
+            if first_words:
+                print(first_words, flush=True)
+            writer.text(position.step, "config", f"```yaml\n{dump_config(config)}```")
+            was_stopped = trainer.run(writer)
+    dist.barrier()  # once a rank has ended with EXIT_STOPPED, launchers end the others: not before all is written
+    dist.destroy_process_group()
+    return EXIT_STOPPED if was_stopped else 0
 
 
 def build(config: Config, vocab: Vocab, tree: dict[str, Any]) -> tuple[UnifiedVLM, str]:
@@ -76,7 +82,6 @@ def build(config: Config, vocab: Vocab, tree: dict[str, Any]) -> tuple[UnifiedVL
         backbone = build_backbone(config.model, vocab.size, DTYPES[config.dtype])
         backbone.tie_weights()
         model = UnifiedVLM(backbone, config.policy, config.recompute)
-    restore_rotation(backbone)
     use_fused_kernels(backbone)
     backbone.lm_head.z_loss = config.loss.z_loss
     sentences = []

@@ -25,7 +25,7 @@ from uvlm.config import Config, SourceConfig
 from uvlm.engine import START_TIMEOUT, Engine
 from uvlm.flops import Widths
 from uvlm.guard import Guard
-from uvlm.life import Life, Skips, Spikes, Wishes
+from uvlm.life import SPARE_SECONDS, Life, Skips, Spikes, Wishes
 from uvlm.losses import by_task, task_counts, task_ids, task_scales, task_sums
 from uvlm.metrics import MetricWriter
 from uvlm.optim import learning_rate
@@ -45,6 +45,7 @@ class Trainer:
         fixed: what `checkpoint.fixed_values` gave for this run.
         position: where the run stands.
         started: when this start began, by `time.monotonic`.
+        trust: checkpoints that are not this user's own may be opened (trust.py).
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Trainer:
         position: checkpoint.Position,
         widths: Widths,
         started: float,
+        trust: bool,
     ) -> None:
         self.config = config
+        self.trust = trust
         self.engine = engine
         self.vocab = vocab
         self.device = device
@@ -67,7 +70,7 @@ class Trainer:
         self.widths = widths
         quarantine = config.run / "quarantine" / f"rank_{distributed.world().rank}.jsonl"
         self.loader = self._loader(config.data.train, config.data.num_workers, position.data_state, quarantine)
-        self.saver = checkpoint.Saver(engine, config, fixed)
+        self.saver = checkpoint.Saver(engine, config, fixed, lambda: self.watchdog.at(self.step, "save"))
         self.life = Life(config.life, config.run, started)
         self.skips = Skips(config.life.max_skipped_steps, engine.skipped_steps)
         self.spikes = Spikes(config.life.spike)
@@ -80,6 +83,8 @@ class Trainer:
         self.writer: MetricWriter | None = None
         self.num_rejected = 0.0
         self.num_rollbacks = 0
+        self.is_saved = True  # no checkpoint has failed since the last one that was written
+        self.saving_since: float | None = None  # by `time.perf_counter`
         self.started = 0.0  # the first step of this start, by `time.perf_counter`
 
     def run(self, writer: MetricWriter | None) -> bool:
@@ -98,11 +103,12 @@ class Trainer:
         try:
             with self.life.listening():
                 self._steps()
+                is_saved = self._finish_saving()
         except RuntimeError as error:  # of a collective, say
             if sentence := self.watchdog.explain_crash():
                 raise ValueError(sentence) from error
             raise
-        if not self.saver.finish():
+        if not is_saved:
             raise ValueError(f"the checkpoint of step {self.step} could not be written, for the reason above")
         stopped = self.step < self.config.optim.steps
         if not stopped:
@@ -110,8 +116,6 @@ class Trainer:
         elif writer:
             print(f"stopped after step {self.step}: {self.life.reason}; the same command goes on from here", flush=True)
         self.watchdog.close()
-        dist.barrier()
-        dist.destroy_process_group()
         return stopped
 
     def _steps(self) -> None:
@@ -127,8 +131,7 @@ class Trainer:
             if num_done == _FIRST_STEPS:
                 lower_timeout(config.life.collective_timeout)
                 self.watchdog.limit = _PATIENCE * config.life.collective_timeout
-            if loss is not None and self.spikes.add(loss):
-                self.roll_back(loss)
+            if loss is not None and self.spikes.add(loss) and self.roll_back(loss, data_state):
                 continue
             if self.step == 1 or self.step % config.log_every == 0 or self.step == last_step:
                 seconds_a_step = (time.perf_counter() - self.started) / num_done
@@ -193,23 +196,41 @@ class Trainer:
     def save(self, step: int, data_state: DataState, wishes: Wishes) -> None:
         """Write a checkpoint where one is due or wished for; bring the one before to its end once all have written."""
         if not wishes.unwritten:
-            self.saver.finish()
-        if not wishes.any_save and not due(step, self.config.checkpoint.every, self.config.optim.steps):
-            return
-        started = time.perf_counter()
-        with self._phase("save"):
-            self.saver.save(step, data_state, self.record)
+            self._finish_saving()
+        if wishes.any_save or due(step, self.config.checkpoint.every, self.config.optim.steps):
+            self._begin_saving(step, data_state)
         if wishes.any_save:
-            self.saver.finish()
+            self._finish_saving()
             self.life.fulfilled(wishes)
-        self.life.seconds_to_stop = 2 * (time.perf_counter() - started) + 60
 
-    def roll_back(self, loss: float) -> None:
+    def _begin_saving(self, step: int, data_state: DataState) -> None:
+        self.saving_since = time.perf_counter()
+        with self._phase("save"):
+            self.is_saved = self.saver.save(step, data_state, self.record)
+
+    def _finish_saving(self) -> bool:
+        """Whether the last checkpoint is complete, if there was one; what it took is kept free in the time budget."""
+        self.is_saved = self.saver.finish() and self.is_saved
+        if self.saving_since is not None:
+            self.life.seconds_to_stop = 2 * (time.perf_counter() - self.saving_since) + SPARE_SECONDS
+            self.saving_since = None
+        return self.is_saved
+
+    def roll_back(self, loss: float, data_state: DataState) -> bool:
         """After a spike of the loss: the weights go back to the last checkpoint, the data do not. So the packs since
-        then, the offending ones among them, are left out for good. ValueError where that has happened too often.
+        then, the offending ones among them, are left out for good.
+
+        Returns:
+            Whether there was a checkpoint to go back to.
+
+        Raises:
+            ValueError: it has happened too often.
         """
         step = self.step
-        self.saver.finish()
+        self._finish_saving()
+        if not from_rank_0(lambda: checkpoint.complete(self.config.run)):
+            self._say_event(f"step {step}: the loss rose to {loss:.3f}, and there is no checkpoint to go back to")
+            return False
         self.num_rollbacks += 1
         if self.num_rollbacks > self.config.life.spike.max_rollbacks:
             raise ValueError(
@@ -217,10 +238,7 @@ class Trainer:
                 "lower optim.learning_rate, look at the data around it (RUN/events.jsonl), or set "
                 "life.spike.max_rollbacks"
             )
-        if not from_rank_0(lambda: checkpoint.complete(self.config.run)):
-            self._say_event(f"step {step}: the loss rose to {loss:.3f}, and there is no checkpoint to go back to")
-            return
-        back = checkpoint.load_latest(self.engine, self.config, self.fixed).step
+        back = checkpoint.load_latest(self.engine, self.config, self.fixed, self.trust).step
         self.skips = Skips(self.config.life.max_skipped_steps, self.engine.skipped_steps)
         self.window = Window(self.device)
         if self.writer:
@@ -230,6 +248,8 @@ class Trainer:
             f"of the {step - back} steps since"
         )
         self.step = back
+        self._begin_saving(back, data_state)  # or a start after a crash would read those packs again
+        return True
 
     def _say_event(self, sentence: str) -> None:
         if self.writer:

@@ -47,6 +47,8 @@ _ORDER: dict[str, int] = {
 }
 _WITHIN: dict[str, int] = {"forward": 0, "backward": 1, "step": 2}
 _SILENT = "silent"
+# Beyond them the store would be the slowest part of a step: each event of each rank is written there (reasoned).
+_MOST_RANKS_TO_SHOW = 64
 _MOST_STACKS = 4  # of which ranks stand at different lines
 Beacon = dict[str, Any]
 
@@ -82,7 +84,7 @@ class Watchdog:
         self._number = 0  # of beacons
         self._last: Any = None  # what the last beacon saw: a rank at which nothing moves also shows its trace
         self._look: tuple[Any, int, dict[int, Beacon]] = (None, 0, {})  # from where, after which beacon, and what
-        if guard:
+        if guard and self._num_ranks <= _MOST_RANKS_TO_SHOW:
             guard.show = self._show_trace
         self._closed = threading.Event()
         with contextlib.suppress(_StoreGoneError):

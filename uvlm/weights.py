@@ -49,10 +49,13 @@ class Weights:
         """ValueError where the folder holds none, or they cannot be read."""
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         with self._sentence():
             for path in self._paths():
                 with safe_open(path, framework="pt") as file:
-                    self._files.update(dict.fromkeys(file.keys(), path))
+                    for name in file.keys():  # noqa: SIM118  # a file is no mapping
+                        self._files[name] = path
+                        self._shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def _paths(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -70,8 +73,7 @@ class Weights:
         return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with self._sentence(), safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._shapes[name]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in the dtype of the file."""
