@@ -362,3 +362,20 @@ def test_without_room_to_convert_it_the_start_is_refused(config: Config, monkeyp
     with pytest.raises(ValueError, match=r"by 2 ranks, to convert it takes 0 MB and the disk has 0 MB free; free some"):
         load(config)
     assert contents(config.run) == before
+
+
+def test_a_run_whose_checkpoints_lost_their_markers_does_not_begin_anew(config: Config) -> None:
+    assert save(config, 1, 2)
+    for folder in complete(config.run):
+        (folder / MARKER).unlink()
+    with pytest.raises(ValueError, match=r"step_00000002 is there, but it has no state.json, and .* no complete check"):
+        check_fits(config, fixed_values(config, "vocab", 3))
+    assert names(config) == ["step_00000001", "step_00000002"]
+
+
+def test_a_copy_under_another_name_is_none_of_the_runs_checkpoints(config: Config) -> None:
+    assert save(config, 1)
+    (folder,) = complete(config.run)
+    for name in ("step_00000009_copy", "step_00000009.bak", "step_abc"):
+        shutil.copytree(folder, folder.with_name(name))
+    assert complete(config.run) == [folder]

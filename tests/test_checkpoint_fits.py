@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Config:
         (["seed=1"], "vocab", {}, "was written with seed=0, this config has 1; set it back"),
         (["data.num_rows=8"], "vocab", {}, "was written with data.num_rows=2, this config has 8"),
         (["optim.weight_decay=0.2"], "vocab", {}, "was written with optim.weight_decay=0.1, this config has 0.2"),
-        (["model.num_layers=5"], "vocab", {}, "was written with model="),
+        (["model.num_layers=5"], "vocab", {}, "was written with model.num_layers=4, this config has 5"),
         (["data.train=[{path: other}]"], "vocab", {}, "was written with data.train"),
         ([], "other", {}, "was written with vocabulary='vocab', this config has 'other'"),
         ([], "vocab", {"fixed": {}}, "this config has"),

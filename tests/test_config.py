@@ -44,6 +44,9 @@ def test_overrides_win_and_are_yaml() -> None:
         ("policy={name: freeze, frist_layer: 1}", "the nearest known one is 'policy.first_layer'"),
         ("data.train=[{path: a, wieght: 2}]", "the nearest known one is 'data.train.0.weight'"),
         ("optim.steps=0", "optim.steps=0: input should be greater than 0"),
+        ("optim.learning_rate=.inf", "optim.learning_rate=inf: input should be a finite number"),
+        ("loss.weights.generate=.nan", "loss.weights.generate=nan: input should be a finite number"),
+        ("model.head_dim=15", "model.head_dim=15: input should be a multiple of 2"),
         ("data.train=[{path: a, weight: much}]", "data.train.0.weight='much': input should be a valid number"),
         ("policy={name: rout}", "policy.name must be one of dense, ffn_skip, freeze, himix, hmgen, pyramid, route"),
         (

@@ -15,8 +15,10 @@ from torch import nn
 
 from tests.helpers import VOCAB_SIZE, tiny_model
 from uvlm.backbone import ModelConfig, build_backbone, weights_folder
+from uvlm.config import load_config
 from uvlm.model import UnifiedVLM
 from uvlm.policies import Policy
+from uvlm.run_folder import save_model
 from uvlm.weights import IMAGE_PROJECTIONS, Filled, Weights, check_weights, fill, freeze
 
 OWN = Policy.model_validate({"name": "dense", "input_projections": "kv"})
@@ -170,3 +172,13 @@ def test_frozen_weights_are_named_and_a_name_that_does_not_exist_is_refused() ->
         freeze(tiny_model(), ["lm_haed.weight"])
     with pytest.raises(ValueError, match="leaves nothing to train"):
         freeze(tiny_model(), ["*"])
+
+
+def test_a_model_with_weights_that_are_not_finite_is_never_published(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.backbone.model.layers[2].mlp.up_proj.weight[3, 4] = torch.nan
+    config = load_config(Path("demo"), [f"run={tmp_path}"])
+    with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj.weight and 0 more weights are not finite; no model"):
+        save_model(config, model, "vocab")
+    assert not (tmp_path / "model").exists()

@@ -53,7 +53,7 @@ class ModelConfig(Strict):
     num_layers: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=2, description="even, as its halves are rotated against each other")
     tie_embeddings: bool = True
     rope_theta: float = Field(
         default=10_000.0, description="of a fresh model; a pretrained one brings its own rotation"
@@ -123,6 +123,8 @@ def build_backbone(config: ModelConfig, vocab_size: int, dtype: torch.dtype = to
             f"model.num_heads={config.num_heads} does not divide over model.num_kv_heads={config.num_kv_heads} groups; "
             f"use num_kv_heads={config.num_heads}"
         )
+    if config.init_from and not (weights_folder(config.init_from) / "config.json").is_file():
+        raise ValueError(f"model.init_from={config.init_from} has no config.json; put the folder back where it was")
     if config.init_from is None:
         hf_config = _fresh_config(config, vocab_size)
     else:

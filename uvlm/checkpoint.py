@@ -25,6 +25,7 @@ from data_pipeline.loader import DataState
 from uvlm import checkpoint_files
 from uvlm.backbone import fingerprint
 from uvlm.checkpoint_files import (
+    MARKER,
     FileRecord,
     damage,
     publish,
@@ -295,6 +296,11 @@ def check_fits(config: Config, fixed: Mapping[str, Any]) -> None:
     It needs no other ranks and reads no more than a marker, so it comes before anything is built.
     """
     found = complete(config.run)
+    if not found and (incomplete := sorted((config.run / "checkpoints").glob("step_*"))):
+        raise ValueError(
+            f"{incomplete[-1]} is there, but it has no {MARKER}, and {config.run} has no complete checkpoint; move "
+            f"{config.run} away to begin anew, or put the file back"
+        )
     while found:
         folder = found.pop()
         state = read_marker(folder)
@@ -343,7 +349,7 @@ def fixed_values(config: Config, vocab: str, zero_stage: int) -> dict[str, Any]:
         value = tree
         for part in key.split("."):
             value = value[part]
-        values[key] = value
+        values.update({f"{key}.{name}": part for name, part in value.items()} if key == "model" else {key: value})
     if config.model.init_from:
         values["model.init_from (its config.json)"] = fingerprint(config.model.init_from)
     if any(own := config.policy.own_projections(config.model.num_layers)):

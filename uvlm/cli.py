@@ -326,10 +326,11 @@ def _print_rejected(rejected: dict[str, int], out: Path) -> None:
 def main() -> None:
     """Entry point of the console script."""
     prepare_environment()
+    is_rank = "RANK" in os.environ
     try:
         app()
     except SystemExit as stop:
-        if stop.code == 130 and "RANK" not in os.environ:  # typer's code for an interrupt; one of us tells it
+        if stop.code == 130 and not is_rank:  # typer's code for an interrupt; one of us tells it
             print("interrupted; run the same command again, what is finished is kept", file=sys.stderr)
         raise
     except (ValueError, OSError) as error:

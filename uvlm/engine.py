@@ -88,6 +88,8 @@ def _compile_shared_memory_op() -> None:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
         for stale in folder.glob(f"{builder.NAME}*/lock"):
             stale.unlink()
+        if not any(folder.glob(f"{builder.NAME}*/*.so")):
+            print("compiling DeepSpeed's operator for CPUs: half a minute, once", file=sys.stderr, flush=True)
         builder.load(verbose=False)
 
 
@@ -139,8 +141,12 @@ class Engine:
         self._policy = config.policy
         groups = parameter_groups(model, config.optim)
         self._group_settings = settings(groups)
-        with _quiet():
-            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+        try:
+            with _quiet():
+                self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config)
+        except (AssertionError, TypeError) as error:  # an optimizer it does not have, say, or keys that are not its own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"DeepSpeed cannot start with its JSON ({reason}); see ds_configs/README.md") from error
         restore_rotation(model.backbone)
         self.device: torch.device = self._engine.device
         self._writer = StateWriter(config.checkpoint.background)

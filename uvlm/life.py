@@ -57,6 +57,7 @@ class LifeConfig(Strict):
     collective_timeout: float = Field(
         default=600.0,
         gt=0,
+        le=7 * 86400,
         description="seconds that a rank waits for the others after the first steps, before it ends",
     )
     guard_every: int = Field(

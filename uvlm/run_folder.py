@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from data_pipeline.files import replace_file
 from data_pipeline.vocab import Vocab
 from uvlm.backbone import LOCAL_DATA
+from uvlm.collectives import from_rank_0
 from uvlm.config import Config, dump_config, load_config
 from uvlm.metrics import median_of, read_records, update_summary
 from uvlm.model import UnifiedVLM
@@ -155,12 +156,24 @@ def save_model(
     folder = config.run / "model"
     partial = config.run / ".partial_model"
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    wrong: list[str] = []
+
+    def read(name: str) -> Any:
+        value = whole(weights[name])
+        if value is not None and not value.isfinite().all():
+            wrong.append(name)
+        return value
+
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     weights = dict(model.backbone.named_parameters())
     shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in weights.items()}
-    write_weights(partial, shapes, next(iter(weights.values())).dtype, lambda name: whole(weights[name]))
+    write_weights(partial, shapes, next(iter(weights.values())).dtype, read)
+    if dist.is_initialized():
+        wrong = from_rank_0(lambda: wrong)
+    if wrong:
+        raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more weights are not finite; no model is written")
     projections = {name: whole(weight) for name, weight in model.image_projections.named_parameters()}
     if not is_writer:
         return

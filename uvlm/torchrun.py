@@ -7,6 +7,7 @@ stack trace of itself, which buries both. This leaves everything to torchrun but
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -20,7 +21,10 @@ def _quiet_main() -> int:
     try:
         main(sys.argv[1:])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"rank {rank} was ended by {name}; the same command goes on where it can", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval

@@ -107,6 +107,12 @@ class Trainer:
         except RuntimeError as error:  # of a collective, say
             if sentence := self.watchdog.explain_crash():
                 raise ValueError(sentence) from error
+            if "gloo" in str(error) or isinstance(error, dist.DistError):
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"rank {dist.get_rank()} lost the other ranks in step {self.step + 1} ({reason}); whichever ended "
+                    "first has the cause. The same command goes on from the newest checkpoint"
+                ) from error
             raise
         if not is_saved:
             raise ValueError(f"the checkpoint of step {self.step} could not be written, for the reason above")
