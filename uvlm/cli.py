@@ -61,15 +61,7 @@ def train(
     from uvlm.config import load_config
     from uvlm.train import train as run_training
 
-    try:
-        code = run_training(load_config(config, overrides or []), trust)
-    except (ValueError, OSError) as error:
-        if os.environ.get("UVLM_TRACEBACK"):
-            raise
-        # Not by way of an interpreter that waits for its threads: one may hang in a write that nobody needs any more.
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    leave(code)
+    leave(run_training(load_config(config, overrides or []), trust))
 
 
 @app.command()
@@ -337,4 +329,7 @@ def main() -> None:
         if os.environ.get("UVLM_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        torch_distributed = sys.modules.get("torch.distributed")
+        if torch_distributed and torch_distributed.is_initialized():
+            leave(1)  # the interpreter would wait for threads, and one may hang in a write that nobody needs any more
         sys.exit(1)
