@@ -328,7 +328,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("UVLM_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # in one piece: other ranks write there at the same moment
         torch_distributed = sys.modules.get("torch.distributed")
         if torch_distributed and torch_distributed.is_initialized():
             leave(1)  # the interpreter would wait for threads, and one may hang in a write that nobody needs any more

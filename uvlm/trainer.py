@@ -66,7 +66,6 @@ class Trainer:
         self.vocab = vocab
         self.device = device
         self.fixed = fixed
-        self.position = position
         self.widths = widths
         quarantine = config.run / "quarantine" / f"rank_{distributed.world().rank}.jsonl"
         self.loader = self._loader(config.data.train, config.data.num_workers, position.data_state, quarantine)
