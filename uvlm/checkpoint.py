@@ -309,9 +309,14 @@ def check_fits(config: Config, fixed: Mapping[str, Any]) -> None:
         _refuse_unless_older(state, found, config)
 
 
-def _check_state(folder: Path, state: Mapping[str, Any], config: Config, fixed: Mapping[str, Any]) -> None:
+def refuse_newer(folder: Path, state: Mapping[str, Any]) -> None:
+    """ValueError where a checkpoint has a format that only a newer uvlm reads."""
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{folder} was written by a newer uvlm (format {state['format_version']}); update uvlm")
+
+
+def _check_state(folder: Path, state: Mapping[str, Any], config: Config, fixed: Mapping[str, Any]) -> None:
+    refuse_newer(folder, state)
     if state["format_version"] < FORMAT_VERSION:
         raise ValueError(
             f"{folder} was written by an older uvlm (format {state['format_version']}), without checksums; finish the "

@@ -31,7 +31,7 @@ from data_pipeline.image_tokens import PREPROCESSING_NAME, Preprocessing, codes_
 from data_pipeline.vocab import SPECIALS, Vocab
 from uvlm.backbone import DTYPES, LOCAL_DATA, build_backbone
 from uvlm.check import require_disk
-from uvlm.checkpoint import FORMAT_VERSION, complete
+from uvlm.checkpoint import complete, refuse_newer
 from uvlm.checkpoint_files import FileRecord, damage, read_marker, step_of
 from uvlm.config import Config
 from uvlm.engine import checkpoint_weights
@@ -180,8 +180,7 @@ def _checked(folder: Path, progress: Progress) -> dict[str, Any]:
     state = read_marker(folder)
     if isinstance(state, str):
         raise ValueError(f"{state}; give --step with another checkpoint")
-    if state["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"{folder} was written by a newer uvlm (format {state['format_version']}); update uvlm")
+    refuse_newer(folder, state)
     files = state.get("files", {})  # a checkpoint of format 1 has no checksums
     for number, (name, file) in enumerate(files.items(), 1):
         if wrong := damage(folder, [FileRecord(name, file["bytes"], file["sha256"])]):
