@@ -1,13 +1,18 @@
-"""Facts shared by all tests: where the repository is, and one thread per test process.
+"""Facts shared by all tests: where the repository is, one thread per test process, and a cluster.
 
 One thread, because the tests start several ranks on few cores and because sums in one order repeat exactly.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.slurm_lab import Lab
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; ranks started by tests inherit it
 
@@ -26,6 +31,34 @@ def alone() -> Iterator[None]:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Lab]":
+    """A Slurm of two nodes; one for all tests, as each leaves it idle."""
+    from tests.slurm_lab import start
+
+    yield from start(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config, and the small corpus that it trains on."""
+    from tests.corpus import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(slurm: "Lab", config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a training over two nodes, ZeRO-3 across both, that nothing happened to."""
+    from tests.slurm_lab import UGLY, said
+
+    run = tmp_path_factory.mktemp("uninterrupted") / UGLY
+    words = ("optim.steps=800", "checkpoint.every=800", f"validation.prompts=[{json.dumps(UGLY)}]")
+    job = slurm.submit(config, f"run={json.dumps(str(run))}", *words, "--nodes=2", "--gpus-per-node=1")
+    assert slurm.wait(job) == 0, said(run)
+    return run
 
 
 @pytest.fixture(scope="session")

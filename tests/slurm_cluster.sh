@@ -13,7 +13,7 @@ export SLURM_CONF=$folder/slurm.conf
 start() {
   local controller_port=$1 first_port=$2 second_port=$3 host cores
   host=$(hostname -s)
-  cores=$(nproc)
+  cores=$(getconf _NPROCESSORS_ONLN) # nproc heeds OMP_NUM_THREADS
   mkdir -p "$folder"/{state,log,spool-n1,spool-n2}
   cat >"$SLURM_CONF" <<CONF
 ClusterName=test
@@ -21,6 +21,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmctldPort=$controller_port
 AuthType=auth/munge
+AuthInfo=cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool-%n
 SlurmctldPidFile=$folder/controller.pid

@@ -1,190 +1,66 @@
-"""`slurm/train.sbatch`, and srun without it, on a real Slurm: two nodes, started on this machine by `slurm_cluster.sh`.
+"""From `uvlm submit` to a finished run on a real Slurm: two nodes on this machine, real ranks, gloo between them.
 
-Two tests train with the real `uvlm`. The others of train.sbatch exchange the program by the same means that a user has:
-the cluster's `env.sh`, here one that puts a small `uvlm` first on the PATH. It really joins a gloo process group over
-both nodes.
+What needs neither a cluster nor a rank is in test_submit, test_job_script and test_slurm_commands.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+import yaml
 
-from tests.corpus import write_corpus
+from data_pipeline.split import Split
+from tests.corpus import losses, write_corpus
+from tests.slurm_lab import REPOSITORY, UGLY, Lab, eventually, said, tasks
+from tests.test_schema import make_document
+from tests.test_tokenize import png, write_shards
 from uvlm.metrics import read_records
 
 pytestmark = pytest.mark.slurm
 
-TESTS = Path(__file__).resolve().parent
-REPOSITORY = TESTS.parent
-CLUSTER = TESTS / "slurm_cluster.sh"
 
-# Each rank adds 1 over the whole job, then writes down what it was given.
-RANK_PROGRAM = f"""#!{sys.executable}
-import json, os, sys
-import torch
-import torch.distributed as dist
-
-if "fail-on-second-node" in sys.argv and os.environ["SLURM_NODEID"] == "1":
-    sys.exit(3)
-dist.init_process_group("gloo")
-total = torch.ones(1)
-dist.all_reduce(total)
-keys = ("SLURMD_NODENAME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCH_EXTENSIONS_DIR")
-seen = dict(argv=sys.argv[1:], total=int(total.item()), **{{key: os.environ[key] for key in keys}})
-with open(os.path.join(os.environ["REPORT_FOLDER"], "rank" + os.environ["RANK"] + ".json"), "w") as file:
-    json.dump(seen, file)
-dist.barrier()
-dist.destroy_process_group()
-"""
+def test_a_training_runs_over_two_nodes_to_its_end(uninterrupted: Path, slurm: Lab) -> None:
+    """Its run folder is named by all that a shell could trip over; see conftest."""
+    found = losses(uninterrupted)
+    assert list(found) == list(range(1, 801)), said(uninterrupted)
+    assert found[800] < found[1] - 1
+    assert (uninterrupted / "model" / "model.safetensors").is_file()
+    assert list((uninterrupted / "tensorboard").iterdir())
+    (logs,) = (uninterrupted / "logs").glob("job_*/attempt_0")
+    assert sorted(path.name for path in logs.iterdir()) == ["rank_0000_n1.log", "rank_0001_n2.log", "srun.log"]
+    rank_0 = (logs / "rank_0000_n1.log").read_text()
+    assert "preflight: 2 ranks on 2 nodes agree" in rank_0
+    assert "2 rank(s)" in rank_0
+    assert (uninterrupted / "logs" / "rank_0.log").read_text() == rank_0
+    status = slurm.uvlm("status", uninterrupted).stdout
+    assert "not in the queue any more; restarts 0, at most 50" in status
+    assert "step       800, loss " in status
+    assert status.rstrip().endswith("finished")
 
 
-class Job(NamedTuple):
-    """A finished job: its exit status, its output, and one report per rank."""
-
-    status: int
-    output: str
-    reports: list[dict]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now; all sockets are open at once, so they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+def test_nothing_in_a_name_or_an_argument_was_run(uninterrupted: Path) -> None:
+    """The folder's name and the name of the run hold `touch` commands, quoted and not."""
+    everything = {path.name for folder in (uninterrupted.parent, REPOSITORY, Path.home()) for path in folder.iterdir()}
+    assert everything.isdisjoint({"ran", "split"})
+    submitted = yaml.safe_load((uninterrupted / "jobs" / "001" / "config.yaml").read_text())
+    assert submitted["run"] == str(uninterrupted)
+    assert submitted["validation"]["prompts"] == [UGLY]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The slurm.conf of two idle nodes."""
-    for program in ("slurmctld", "slurmd", "munge"):
-        if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is None:
-            pytest.skip(f"no {program} here; on Debian: apt-get install slurm-wlm munge")
-    if os.geteuid() != 0:
-        pytest.skip("a Slurm with two nodes can be started by root only")
-    folder = tmp_path_factory.mktemp("cluster")
-    ports = [str(port) for port in free_ports(3)]
-    try:
-        subprocess.run(["bash", CLUSTER, "start", folder, *ports], check=True, timeout=60)
-        yield folder / "slurm.conf"
-    finally:
-        subprocess.run(["bash", CLUSTER, "stop", folder], check=True, timeout=30)
-
-
-def submit(
-    conf: Path,
-    folder: Path,
-    arguments: list[str],
-    options: tuple[str, ...] = ("--nodes=2",),
-    program_text: str = RANK_PROGRAM,
-) -> Job:
-    """Submits train.sbatch from the folder as a user would, and waits until the job has ended."""
-    (folder / "bin").mkdir()
-    program = folder / "bin" / "uvlm"
-    program.write_text(program_text)
-    program.chmod(0o755)
-    (folder / "slurm").mkdir()
-    shutil.copy(REPOSITORY / "slurm" / "env.sh", folder / "slurm")
-    with (folder / "slurm" / "env.sh").open("a") as file:
-        file.write(f"export PATH='{folder}/bin:{Path(sys.executable).parent}':$PATH UVLM_LOCAL_DISK='{folder}/local'\n")
-    (folder / "local").mkdir()
-    # gloo looks up this machine's name, which need not resolve
-    environment = os.environ | {"SLURM_CONF": str(conf), "REPORT_FOLDER": str(folder), "GLOO_SOCKET_IFNAME": "lo"}
-    script = str(REPOSITORY / "slurm" / "train.sbatch")
-    command = ["sbatch", "--parsable", "--output=out", *options, script, *arguments]
-    job = subprocess.check_output(command, cwd=folder, env=environment, timeout=30, text=True).strip()
-    waiting = ["bash", str(CLUSTER), "wait", str(conf.parent), job]
-    status = int(subprocess.check_output(waiting, timeout=400))
-    out = folder / "out"
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-    return Job(status, out.read_text() if out.exists() else "", reports)
-
-
-# What `pip install` would put on the PATH.
-REAL_PROGRAM = f"""#!/usr/bin/env bash
-PYTHONPATH='{REPOSITORY}' exec '{sys.executable}' -m uvlm "$@"
-"""
-
-
-def test_a_real_training_runs_over_two_nodes(cluster: Path, tmp_path: Path) -> None:
-    config = write_corpus(tmp_path / "corpus")
-    job = submit(cluster, tmp_path, [str(config), "optim.steps=4"], program_text=REAL_PROGRAM)
-    assert job.status == 0, job.output
-    assert "2 rank(s)" in job.output
-    records = [record for record in read_records(tmp_path / "corpus" / "run") if "loss/mean" in record]
-    assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert (tmp_path / "corpus" / "run" / "model" / "model.safetensors").is_file()
-    assert list((tmp_path / "corpus" / "run" / "tensorboard").iterdir())
-
-
-UGLY_ARGUMENTS = [
-    "my config.yaml",
-    "name=a b  c",
-    "text='it''s' \"quoted\"",
-    "x=1; touch split && exit",
-    "y=$(touch ran)`touch ran`",
-    "glob=*",
-    "back\\slash",
-    "",
-    "--dash",
-    "ünïcode",
-]
-
-
-@pytest.fixture(scope="module")
-def finished(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """One job over two nodes that went well, and the folder it was submitted from."""
-    folder = tmp_path_factory.mktemp("finished")
-    job = submit(cluster, folder, UGLY_ARGUMENTS)
-    assert job.status == 0, job.output
-    return job, folder
-
-
-def test_two_nodes_train_as_one_world(finished: tuple[Job, Path]) -> None:
-    job, _ = finished
-    assert [report["total"] for report in job.reports] == [2, 2], job.output
-    assert [report["WORLD_SIZE"] for report in job.reports] == ["2", "2"]
-    assert [report["SLURMD_NODENAME"] for report in job.reports] == ["n1", "n2"]
-
-
-def test_arguments_reach_every_rank_unchanged_and_nothing_in_them_runs(finished: tuple[Job, Path]) -> None:
-    job, folder = finished
-    assert [report["argv"] for report in job.reports] == [["train", *UGLY_ARGUMENTS]] * 2
-    assert not (folder / "ran").exists()
-    assert not (folder / "split").exists()
-
-
-def test_compiled_kernels_go_to_a_folder_of_the_node_that_is_removed_at_the_end(finished: tuple[Job, Path]) -> None:
-    job, folder = finished
-    caches = [Path(report["TORCH_EXTENSIONS_DIR"]).parent for report in job.reports]
-    assert len(set(caches)) == 2
-    assert all(cache.parent == folder / "local" for cache in caches)
-    assert not any(cache.exists() for cache in caches)
-
-
-def test_every_gpu_of_a_node_gets_a_process(cluster: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, ["config.yaml"], ("--nodes=2", "--gpus-per-node=2"))
-    assert job.status == 0, job.output
-    places = [(report["SLURMD_NODENAME"], report["LOCAL_RANK"]) for report in job.reports]
-    assert places == [("n1", "0"), ("n1", "1"), ("n2", "0"), ("n2", "1")]
-    assert [report["total"] for report in job.reports] == [4, 4, 4, 4]
-
-
-def test_a_port_that_somebody_else_holds_is_passed_over(cluster: Path, tmp_path: Path) -> None:
-    taken = range(10000, 10040)  # where all jobs of this small cluster would meet
+def test_every_gpu_gets_a_rank_and_kernels_go_to_the_disk_of_the_node(slurm: Lab, config: Path, tmp_path: Path) -> None:
+    """On a machine where somebody else holds the ports at which the first jobs would meet."""
+    run, local = tmp_path / "run", tmp_path / "local disk"
+    local.mkdir()
+    env = tmp_path / "env of the 'cluster'.sh"
+    env.write_text(f'export SBATCH_PARTITION=test SBATCH_TIMELIMIT=30\nexport UVLM_LOCAL_DISK="{local}"\n')
+    taken = range(10000, 10100)
     with contextlib.ExitStack() as stack:
         for port in taken:
             listener = stack.enter_context(socket.socket())
@@ -192,52 +68,136 @@ def test_a_port_that_somebody_else_holds_is_passed_over(cluster: Path, tmp_path:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier run's port may linger
                 listener.bind(("127.0.0.1", port))
                 listener.listen()
-        job = submit(cluster, tmp_path, ["config.yaml"])
-    assert job.status == 0, job.output
-    assert {int(report["MASTER_PORT"]) for report in job.reports}.isdisjoint(taken)
+        words = (f"run={run}", "optim.steps=2", f"--env={env}", "--nodes=2", "--gpus-per-node=2")
+        job = slurm.submit(config, *words)
+        eventually(lambda: len(tasks(job)) == 4, "the start of 4 ranks", run)
+        places = [process.environ() for process in tasks(job)]
+        folders = {path.name for path in local.iterdir()}
+        assert slurm.wait(job) == 0, said(run)
+    assert [(p["SLURMD_NODENAME"], p["SLURM_LOCALID"]) for p in places] == [
+        ("n1", "0"),
+        ("n1", "1"),
+        ("n2", "0"),
+        ("n2", "1"),
+    ]
+    assert {int(p["MASTER_PORT"]) for p in places}.isdisjoint(taken)
+    assert folders == {f"uvlm-{job}-0-0", f"uvlm-{job}-0-1"}
+    assert {Path(p["TRITON_CACHE_DIR"]).parent.name for p in places} == folders
+    assert list(local.iterdir()) == [], "they are removed at the end"
+    assert list(losses(run)) == [1, 2]
 
 
-def test_one_failing_node_ends_the_job_everywhere(cluster: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, ["config.yaml", "fail-on-second-node"])
-    assert job.status != 0
-    assert "exitcode  : 3" in job.output  # the second node's own failure is what the log shows
-    assert job.reports == []  # the first node, alone in the rendezvous, would wait there for half an hour
+def test_a_chain_of_tokenizing_training_and_evaluating_ends_well_though_a_task_was_killed(
+    slurm: Lab, config: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a 'b' ; c"
+    folder.mkdir()
+    documents = [
+        make_document(
+            f"{number:06d}", (None, "what color is it?", " red"), image_bytes={"0.png": png(number)}, codes={}
+        )
+        for number in range(32)
+    ]
+    shards = write_shards(folder / "shards", documents)
+    tokens, tokenizer = folder / "tokens", config.parent / "tokenizer"
+    words = (
+        "--min-psnr=0",
+        "--tasks=4",
+        "--gpus-per-node=0",
+        "--sbatch=--hold",
+    )  # or it ends while the rest is submitted
+    array = slurm.submit("submit-tokenize", shards, tokens, f"--tokenizer={tokenizer}", *words)
+    training = slurm.submit(
+        config,
+        f"run={folder / 'run'}",
+        f"data.train=[{{path: {json.dumps(str(tokens))}}}]",
+        "data.valid=[]",
+        "optim.steps=2",
+        "--nodes=1",
+        "--gpus-per-node=1",
+        f"--after={array}",
+    )
+    evaluation = slurm.submit(
+        "submit-eval", folder / "run", f"--shards={tokens}", "--gpus-per-node=0", f"--after={training}"
+    )
+    home = folder / "tokens.jobs"
+    slurm.command("scontrol", "release", array)
+
+    def victims() -> list[int]:
+        return [p.pid for p in tasks(array_task(slurm, array, 2), SLURM_ARRAY_TASK_ID="2")]
+
+    eventually(victims, "the start of task 2", home)
+    for process in tasks(array_task(slurm, array, 2), SLURM_ARRAY_TASK_ID="2"):
+        process.send_signal(signal.SIGKILL)
+    assert slurm.wait(evaluation) == 0, said(home) + said(folder / "run")
+    assert len((home / "jobs" / "001" / "attempts_2").read_text().splitlines()) == 2
+    assert [len((home / "jobs" / "001" / f"attempts_{task}").read_text().splitlines()) for task in (0, 1, 3)] == [1] * 3
+    assert len(Split.open(tokens)) == 32
+    assert list(losses(folder / "run")) == [1, 2]
+    (log,) = (folder / "run" / "logs" / f"job_{evaluation}" / "attempt_0").glob("rank_0000_*.log")
+    assert "answer accuracy" in log.read_text()
 
 
-def test_a_job_without_config_is_refused_with_the_command_to_type(cluster: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, [])
-    assert job.status == 2
-    assert "sbatch --nodes=N slurm/train.sbatch CONFIG" in job.output
+def array_task(slurm: Lab, array: str, task: int) -> str:
+    """The job number of its own that Slurm has given to a task of an array."""
+    shown = slurm.command("scontrol", "show", "job", "-o", f"{array}_{task}")
+    return shown.split()[0].removeprefix("JobId=")
 
 
-def test_a_missing_env_file_is_named(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UVLM_ENV", str(tmp_path / "nowhere.sh"))
-    job = submit(cluster, tmp_path, ["config.yaml"])
-    assert job.status == 2
-    assert str(tmp_path / "nowhere.sh") in job.output
+REFUSED = {
+    "there is no partition 'gold' here; give --partition one of test": ["--partition=gold"],
+    "--gpus-per-node 3 is more than a node of partition test has; its nodes have 2": ["--gpus-per-node=3"],
+    "--nodes 5 is more than partition test has: 2 with 1 GPUs": ["--nodes=5"],
+    "checkpoint.every=10 steps of 100 s take 1,000 s": ["--time=0:20:00", "--step-seconds=100"],
+    "/nowhere has no manifest.json, so it is no finished folder of shards": ["data.train=[{path: /nowhere}]"],
+    "Slurm refuses the job: Invalid feature specification": ["--sbatch=--constraint=none_has_it"],
+    "data.num_rows=5 does not divide over 2 ranks": ["data.num_rows=5"],
+}
 
 
-def srun(conf: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Two tasks, one on each node, of `python ARGUMENTS`, without train.sbatch and torchrun."""
-    environment = os.environ | {"SLURM_CONF": str(conf), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
+@pytest.mark.parametrize(("sentence", "words"), REFUSED.items())
+def test_what_cannot_run_is_refused_before_the_queue(
+    sentence: str, words: list[str], slurm: Lab, config: Path, tmp_path: Path
+) -> None:
+    result = slurm.uvlm("submit", config, f"run={tmp_path / 'run'}", "--nodes=2", "--gpus-per-node=1", *words)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert slurm.command("squeue", "--noheader") == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_waiting_job_that_is_stopped_leaves_the_queue(slurm: Lab, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(config, f"run={run}", "--nodes=1", "--gpus-per-node=1", "--sbatch=--begin=now+1day")
+    assert f"job {job} PENDING (BeginTime)" in slurm.uvlm("status", run).stdout
+    assert f"job {job} was pending and is cancelled" in slurm.uvlm("stop", run).stdout
+    slurm.wait(job)
+    assert slurm.command("squeue", "--noheader") == ""
+    assert (run / "STOP").exists()
+
+
+def srun(slurm: Lab, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Two tasks, one on each node, of `python ARGUMENTS`, as somebody starts them who does not use `uvlm submit`."""
     command = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable, *arguments]
     return subprocess.run(
-        command, env=environment | variables, capture_output=True, text=True, timeout=300, check=False
+        command, env=slurm.environment | variables, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-def test_srun_alone_trains_over_two_nodes(cluster: Path, tmp_path: Path) -> None:
+def test_srun_alone_trains_over_two_nodes(slurm: Lab, tmp_path: Path) -> None:
     config = write_corpus(tmp_path)
-    result = srun(cluster, "-m", "uvlm", "train", str(config), "optim.steps=3")
+    result = srun(slurm, "-m", "uvlm", "train", str(config), "optim.steps=3")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("2 rank(s)") == 1
     records = [record for record in read_records(tmp_path / "run") if "loss/mean" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
 
 
-def test_ranks_left_over_in_the_environment_of_srun_are_refused(cluster: Path, tmp_path: Path) -> None:
+def test_ranks_left_over_in_the_environment_of_srun_are_refused(slurm: Lab, tmp_path: Path) -> None:
     config = write_corpus(tmp_path)
-    result = srun(cluster, "-m", "uvlm", "train", str(config), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    result = srun(slurm, "-m", "uvlm", "train", str(config), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     assert result.returncode != 0  # that of the task that was refused first, or of the other that srun then ended
     assert "error: srun started SLURM_STEP_NUM_TASKS=2 tasks, but WORLD_SIZE=1 with RANK=0" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -256,7 +216,7 @@ print(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
 """
 
 
-def test_a_taken_port_ends_srun_with_a_sentence(cluster: Path) -> None:
+def test_a_taken_port_ends_srun_with_a_sentence(slurm: Lab) -> None:
     with contextlib.ExitStack() as stack:
         for port in range(10000, 10200):  # where all jobs of this small cluster would meet
             listener = stack.enter_context(socket.socket())
@@ -264,16 +224,14 @@ def test_a_taken_port_ends_srun_with_a_sentence(cluster: Path) -> None:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(("", port))
                 listener.listen()
-        result = srun(cluster, "-c", WHERE_TASKS_MEET)
+        result = srun(slurm, "-c", WHERE_TASKS_MEET)
     assert result.returncode != 0
     assert "is taken (Address already in use); set MASTER_PORT to a free one before srun" in result.stderr
 
 
-def test_a_batch_script_of_several_tasks_is_one_process_without_srun(cluster: Path, tmp_path: Path) -> None:
+def test_a_batch_script_of_several_tasks_is_one_process_without_srun(slurm: Lab, tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text(f"#!/bin/sh\n{sys.executable} -c 'import uvlm.distributed as d; print(d.world())'\n")
-    environment = os.environ | {"SLURM_CONF": str(cluster), "PYTHONPATH": str(REPOSITORY)}
-    command = ["sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path / 'out'}", str(script)]
-    job = subprocess.check_output(command, env=environment, timeout=30, text=True).strip()
-    subprocess.run(["bash", CLUSTER, "wait", cluster.parent, job], check=True, timeout=60, capture_output=True)
+    job = slurm.command("sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path / 'out'}", script)
+    assert slurm.wait(job.strip()) == 0
     assert (tmp_path / "out").read_text() == "World(rank=0, size=1, local_rank=0)\n"

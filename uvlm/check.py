@@ -27,10 +27,13 @@ from uvlm.weights import Weights, check_weights, freeze
 _CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp16": 2 + 12, "fp32": 4 + 12}
 
 
-def check(config: Config, world_size: int) -> dict[str, Any]:
+def check(config: Config, world_size: int, data_is_there: bool = True) -> dict[str, Any]:
     """Raise ValueError with a remedy where the run cannot work: ranks, JSON, compiler, data, checkpoints, disk.
 
     Returns the complete DeepSpeed config.
+
+    Args:
+        data_is_there: False where another job is still to make the shards: those that are not there are no error.
     """
     if config.data.num_rows % world_size:
         num_rows = config.data.num_rows
@@ -72,8 +75,9 @@ def check(config: Config, world_size: int) -> dict[str, Any]:
     freeze(model, config.model.freeze)
     if config.model.init_from:
         check_start(config.model.init_from, model, config.data.tokenizer, vocab)
-    for sources in filter(None, (config.data.train, config.data.valid)):
-        open_sources([source.source() for source in sources], vocab)
+    if data_is_there:
+        for sources in filter(None, (config.data.train, config.data.valid)):
+            open_sources([source.source() for source in sources], vocab)
     fixed = checkpoint.fixed_values(config, vocab.fingerprint, zero_stage(tree))
     checkpoint.check_fits(config, fixed)
     _check_disk(config, sum(p.numel() for p in model.parameters()))

@@ -12,11 +12,13 @@ from typing import Annotated
 
 import typer
 
+from uvlm.cli_slurm import app as slurm
 from uvlm.distributed import check_local_rank, leave, prepare_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
 tokenizer = typer.Typer(no_args_is_help=True, help="Make the tokenizers of a run.")
+app.add_typer(slurm)
 app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 
@@ -52,6 +54,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")],
     overrides: Overrides = None,
     trust: Trust = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="first let all ranks check nodes, data and links: seconds")
+    ] = False,
 ) -> None:
     """Train, or go on from the newest checkpoint. Under torchrun or srun this is one rank; alone, one process.
 
@@ -61,7 +66,7 @@ def train(
     from uvlm.config import load_config
     from uvlm.train import train as run_training
 
-    leave(run_training(load_config(config, overrides or []), trust))
+    leave(run_training(load_config(config, overrides or []), trust, preflight))
 
 
 @app.command()

@@ -253,9 +253,9 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def end_with_torchrun() -> None:
-    """In a rank: the same where torchrun itself is killed. Other launchers look after their processes."""
-    if _under_torchrun():
+def end_with_launcher() -> None:
+    """In a rank: the same where torchrun or Slurm's step daemon is killed, which would leave it to train on unseen."""
+    if _under_torchrun() or _place_in_step() is not None:
         _end_with_parent()
 
 

@@ -37,7 +37,7 @@ from uvlm.backbone import restore_rotation
 from uvlm.checkpoint_files import FileRecord, StateWriter
 from uvlm.config import Config
 from uvlm.deepspeed_config import zero_stage
-from uvlm.distributed import device_index, end_with_torchrun, export_world
+from uvlm.distributed import device_index, end_with_launcher, export_world
 from uvlm.model import UnifiedVLM
 from uvlm.optim import apply_learning_rate, parameter_groups, settings
 from uvlm.token_plan import TokenPlan
@@ -280,8 +280,8 @@ class Engine:
 
 def _convert(checkpoint: Path, target: Path, trust: bool) -> None:
     """What the process of a conversion.Conversion does. Frozen weights, which DeepSpeed leaves out, go into a file."""
-    end_with_torchrun()  # so does this process with the rank that started it, and those that it starts
-    os.register_at_fork(after_in_child=end_with_torchrun)
+    end_with_launcher()  # so does this process with the rank that started it, and those that it starts
+    os.register_at_fork(after_in_child=end_with_launcher)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.checkpoint import ds_to_universal
 

@@ -5,7 +5,8 @@ collective a step, over the host, so that no GPU is waited for. A run that stopp
 and ends with exit code 75 (EX_TEMPFAIL of <sysexits.h>: try again); the same command goes on.
 
     RUN/SAVE   write a checkpoint at the next step boundary, and go on
-    RUN/STOP   write a checkpoint at the next step boundary, and stop
+    RUN/STOP   write a checkpoint at the next step boundary, and stop. It stays until the next start, so that a job
+               which comes back by itself knows that it should not
     SIGTERM, SIGUSR2 to any one rank   the same as STOP
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from pydantic import Field
@@ -98,8 +100,8 @@ class Life:
         # Flags go over the host: reading them from a GPU would make every step wait for it.
         self._group = dist.new_group(backend="gloo") if torch.cuda.is_available() else None
         if self._is_first:
-            for name in ("SAVE", "STOP"):  # left from before this start
-                (run / name).unlink(missing_ok=True)
+            _remove_older(run / "STOP", psutil.Process().create_time())
+            (run / "SAVE").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -138,11 +140,16 @@ class Life:
         return Wishes(stop=bool(self.reason), save=self._is_first and (self._run / "SAVE").exists())
 
     def fulfilled(self, wishes: Wishes) -> None:
-        """The checkpoint is written: the files that asked for it go."""
-        if self._is_first:
-            for name, wanted in (("SAVE", wishes.any_save), ("STOP", wishes.stop)):
-                if wanted:
-                    (self._run / name).unlink(missing_ok=True)
+        """The checkpoint is written: the file that asked for it goes."""
+        if self._is_first and wishes.any_save:
+            (self._run / "SAVE").unlink(missing_ok=True)
+
+
+def _remove_older(path: Path, seconds: float) -> None:
+    """Remove a file from before this time (of the epoch): a wish that came while the model was built still stands."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_mtime < seconds:
+            path.unlink()
 
 
 class Skips:

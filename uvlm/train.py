@@ -21,29 +21,35 @@ from uvlm.flops import Widths
 from uvlm.life import EXIT_STOPPED
 from uvlm.metrics import MetricWriter
 from uvlm.model import UnifiedVLM
+from uvlm.preflight import preflight
 from uvlm.trainer import Trainer
 from uvlm.weights import Weights, fill, freeze
 
 
-def train(config: Config, trust: bool = False) -> int:
+def train(config: Config, trust: bool = False, preflight: bool = False) -> int:
     """Run to `optim.steps`, from the newest checkpoint of the run folder if it has one. Every rank calls this.
 
     Args:
         trust: go on from a checkpoint that is not this user's own (trust.py).
+        preflight: let the ranks look at nodes, data and links first (preflight.py).
 
     Returns:
         The exit code: 0, or EXIT_STOPPED where the run was asked to stop and has written a checkpoint.
     """
     started = time.monotonic()
     place = distributed.world()
-    tree = check(config, place.size)
+    tree = None if preflight else check(config, place.size)
     with run_folder.held(config.run) if place.rank == 0 else contextlib.nullcontext():
         return _train(config, tree, place, started, trust)
 
 
-def _train(config: Config, tree: dict[str, Any], place: distributed.World, started: float, trust: bool) -> int:
-    distributed.end_with_torchrun()
+def _train(config: Config, tree: dict[str, Any] | None, place: distributed.World, started: float, trust: bool) -> int:
+    """`tree`: the complete DeepSpeed config, where `check` has been passed; None to do so after a preflight."""
+    distributed.end_with_launcher()
     device = deepspeed_engine.start()
+    if tree is None:
+        preflight(config, device)
+        tree = check(config, place.size)
     vocab = Vocab.load(config.data.tokenizer)
     model, first_words = build(config, vocab, tree)
     widths = Widths.of(model.backbone.config)

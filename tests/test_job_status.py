@@ -1,0 +1,148 @@
+"""`uvlm status` and `uvlm stop`: what they say of a run, and what they ask of Slurm. squeue and scancel are fake."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fake_slurm import REQUEST, FakeSlurm
+from uvlm.job_status import status, stop
+
+RUNNING = "42|42|RUNNING|None|n[1-2]|59:01|2030-01-01T00:00:00"
+PENDING = "42|42|PENDING|Priority||1:00:00|2030-01-02T03:04:05"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
+    return fake
+
+
+@pytest.fixture
+def run(tmp_path: Path, slurm: FakeSlurm) -> Path:
+    """A run that was submitted once, as job 42, and has begun twice."""
+    run = tmp_path / "my run"
+    submitted(run, 1, "42")
+    (run / "config.yaml").touch()
+    (run / "jobs" / "001" / "attempts").write_text("0\t0\tnow\tn1\n1\t10\tnow\tn1\n")
+    return run
+
+
+def submitted(home: Path, number: int, job: str, kind: str = "train") -> None:
+    folder = home / "jobs" / f"{number:03d}"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"job": job, "kind": kind, "request": REQUEST._asdict()}))
+
+
+def test_a_running_job_is_shown_with_its_nodes_time_and_restarts(run: Path, slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", RUNNING)
+    assert status(run) == [
+        "train      job 42 RUNNING on n[1-2], 59:01 left; restarts 1, at most 50",
+        "checkpoint none yet",
+    ]
+
+
+def test_a_waiting_job_is_shown_with_its_reason_and_expected_start(run: Path, slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", PENDING)
+    line = "train      job 42 PENDING (Priority), expected to start at 2030-01-02T03:04:05; restarts 1, at most 50"
+    assert status(run)[0] == line
+    slurm.answer("squeue", "42|42|PENDING|Dependency||1:00:00|N/A")
+    assert status(run)[0] == "train      job 42 PENDING (Dependency); restarts 1, at most 50"
+
+
+def test_a_job_that_has_left_the_queue_is_shown_as_that(run: Path) -> None:
+    assert status(run)[0] == "train      job 42, not in the queue any more; restarts 1, at most 50"
+
+
+def test_of_several_submissions_those_in_the_queue_and_the_last_are_shown(run: Path, slurm: FakeSlurm) -> None:
+    for number, job in ((2, "43"), (10, "51"), (9, "50")):
+        submitted(run, number, job)
+    slurm.answer("squeue", "43|43|PENDING|Priority||1:00|N/A")
+    shown = [line for line in status(run) if line.startswith("train")]
+    assert [line.split(",")[0].split(" (")[0] for line in shown] == ["train      job 43 PENDING", "train      job 51"]
+
+
+def test_the_restarts_of_all_tasks_of_an_array_are_added(tmp_path: Path, slurm: FakeSlurm) -> None:
+    home = tmp_path / "out.jobs"
+    submitted(home, 1, "42", "tokenize")
+    (home / "jobs" / "001" / "attempts_0").write_text("0\n1\n2\n")
+    (home / "jobs" / "001" / "attempts_1").write_text("0\n")
+    (home / "jobs" / "001" / "attempts_2").write_text("0\n1\n")
+    slurm.answer("squeue", "44|42|RUNNING|None|n1|1:00|N/A")
+    assert status(home) == ["tokenize   job 42 RUNNING on n1, 1:00 left; restarts 3, at most 50"]
+
+
+def test_steps_checkpoints_events_and_the_last_words_of_the_job_are_shown(run: Path, slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", RUNNING)
+    records = [{"step": n, "loss/mean": 2.5, "speed/tokens_per_second": 12345.6} for n in (1199, 1200)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in [*records, {"step": 1201, "valid": 1}]))
+    for name in ("step_00000010", "step_00000020"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    (run / "checkpoints" / "step_00000010" / "state.json").write_text('{"format": 1}')
+    events = [{"time": f"T{n}", "event": f"event {n}"} for n in range(5)]
+    lines = [*map(json.dumps, events[:4]), '{"time": "T', json.dumps(events[4])]  # one was cut by a crash
+    (run / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "model").mkdir()
+    log = run / "logs" / "job_42.log"
+    log.parent.mkdir()
+    log.write_text("noise\n" + "".join(f"uvlm: said {n}\nslurmstepd: noise\n" for n in range(5)))
+    (run / "logs" / "rank_0.log").symlink_to("job_42/attempt_1/rank_0000_n1.log")
+    assert status(run)[1:] == [
+        "step       1,200, loss 2.500, 12,346 tokens/s",
+        "checkpoint step_00000010, 0 minutes old",
+        f"model      {run}/model",
+        "event      T3 event 3",
+        "event      T4 event 4",
+        f"rank 0 log {run}/logs/rank_0.log",
+        f"job log    {log}",
+        "           said 2",
+        "           said 3",
+        "           said 4",
+    ]
+
+
+def test_a_folder_for_which_nothing_was_submitted_is_refused(tmp_path: Path, slurm: FakeSlurm) -> None:
+    with pytest.raises(ValueError, match=r"^nothing was submitted for .*; `uvlm submit` does that$"):
+        status(tmp_path)
+    with pytest.raises(ValueError, match=r"is no run folder \(it has no config\.yaml\)"):
+        stop(tmp_path)
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_a_running_job_is_asked_to_save_and_is_not_cancelled(run: Path, slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", RUNNING)
+    assert stop(run) == [f"job 42 saves after its current step and ends; `uvlm status {run}` shows it"]
+    assert (run / "STOP").exists()
+    assert slurm.calls("scancel") == []
+
+
+@pytest.mark.parametrize(("queue", "now", "state"), [(PENDING, False, "pending"), (RUNNING, True, "running")])
+def test_a_waiting_job_is_cancelled_and_a_running_one_on_demand(
+    run: Path, slurm: FakeSlurm, queue: str, now: bool, state: str
+) -> None:
+    slurm.answer("squeue", queue)
+    assert stop(run, now) == [f"job 42 was {state} and is cancelled"]
+    assert slurm.calls("scancel") == [["42"]]
+    assert (run / "STOP").exists()  # for a job that goes back to the queue in this moment
+
+
+def test_STOP_is_there_before_Slurm_is_asked_to_cancel(run: Path, slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", PENDING)
+    slurm.program("scancel", f"test -e '{run}/STOP' && touch \"$state/was_there\"")
+    stop(run)
+    assert (slurm.state / "was_there").exists()
+
+
+def test_a_training_outside_of_Slurm_is_stopped_by_the_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue here
+    (tmp_path / "config.yaml").touch()
+    assert stop(tmp_path) == [
+        f"no job of {tmp_path} waits or runs; what was started otherwise finds {tmp_path / 'STOP'} and saves, then ends"
+    ]
+    assert (tmp_path / "STOP").exists()

@@ -1,0 +1,108 @@
+"""What has become of a run that was submitted, and how to stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from uvlm import slurm_commands
+from uvlm.slurm_commands import Job
+from uvlm.submit import submissions
+
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
+
+
+def status(home: Path) -> list[str]:
+    """Lines that say where the run stands: jobs, steps, checkpoints, what happened last, where to look."""
+    known = _known(home)
+    queued = slurm_commands.jobs([entry["job"] for entry in known])
+    lines = [
+        f"{entry['kind']:<10} {_state(entry, queued)}"
+        for entry in known
+        if entry["job"] in queued or entry is known[-1]
+    ]
+    lines += [f"{name:<10} {value}" for name, value in _training(home)]
+    log = home / "logs" / f"job_{known[-1]['job']}.log"
+    if log.is_file():
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("uvlm: ")]
+        lines += [f"{'job log':<10} {log}", *(f"{'':<10} {line[6:]}" for line in said[-3:])]
+    return lines
+
+
+def stop(home: Path, now: bool = False) -> list[str]:
+    """Ask the jobs of this folder to end: a running one saves first, unless `now`; a waiting one leaves the queue.
+
+    Returns what was done, as sentences.
+    """
+    known = submissions(home)
+    if not known and not (home / "config.yaml").is_file():
+        raise ValueError(f"{home} is no run folder (it has no config.yaml); give the folder that `uvlm train` printed")
+    queued = slurm_commands.jobs([entry["job"] for entry in known]) if known else {}
+    # The file comes first: a job that goes back to the queue in this moment finds it when it starts.
+    (home / "STOP").touch()
+    if not queued:
+        return [
+            f"no job of {home} waits or runs; what was started otherwise finds {home / 'STOP'} and saves, then ends"
+        ]
+    said = []
+    for number, job in queued.items():
+        if now or job.state not in _RUNNING:
+            slurm_commands.cancel(number)
+            said.append(f"job {number} was {job.state.lower()} and is cancelled")
+        else:
+            said.append(f"job {number} saves after its current step and ends; `uvlm status {home}` shows it")
+    return said
+
+
+def _known(home: Path) -> list[dict[str, Any]]:
+    known = submissions(home)
+    if not known:
+        raise ValueError(f"nothing was submitted for {home} (it has no jobs/*/job.json); `uvlm submit` does that")
+    return known
+
+
+def _state(entry: dict[str, Any], queued: dict[str, Job]) -> str:
+    job = queued.get(entry["job"])
+    attempts = [path.read_text().splitlines() for path in entry["folder"].glob("attempts*")]
+    restarts = sum(max(0, len(lines) - 1) for lines in attempts)
+    limit = f"restarts {restarts}, at most {entry['request']['max_restarts']}"
+    if job is None:
+        return f"job {entry['job']}, not in the queue any more; {limit}"
+    if job.state in _RUNNING:
+        return f"job {entry['job']} {job.state} on {job.nodes}, {job.left} left; {limit}"
+    expected = f", expected to start at {job.start}" if job.start not in ("N/A", "") else ""
+    return f"job {entry['job']} {job.state} ({job.reason}){expected}; {limit}"
+
+
+def _training(home: Path) -> Iterator[tuple[str, str]]:
+    """What the run folder of a training tells, in pairs of name and value."""
+    from uvlm.checkpoint_files import complete
+    from uvlm.metrics import read_records
+
+    if not (home / "config.yaml").is_file():
+        return
+    records = [record for record in read_records(home) if "loss/mean" in record]
+    if records:
+        last = records[-1]
+        yield "step", f"{last['step']:,}, loss {last['loss/mean']:.3f}, {last['speed/tokens_per_second']:,.0f} tokens/s"
+    checkpoints = complete(home / "checkpoints")
+    if checkpoints:
+        age = (time.time() - checkpoints[-1].stat().st_mtime) / 60
+        yield "checkpoint", f"{checkpoints[-1].name}, {age:,.0f} minutes old"
+    elif not (home / "checkpoints").is_dir():
+        yield "checkpoint", "none yet"
+    if (home / "model").is_dir():
+        yield "model", str(home / "model")
+    events = home / "events.jsonl"
+    if events.is_file():
+        for line in events.read_text().splitlines()[-3:]:
+            with contextlib.suppress(ValueError, KeyError):  # a crash may have cut the line
+                event = json.loads(line)
+                yield "event", f"{event['time']} {event['event']}"
+    rank_0 = home / "logs" / "rank_0.log"
+    if rank_0.is_symlink():
+        yield "rank 0 log", str(rank_0)
