@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -109,6 +110,7 @@ class Job:
         self.slurm.program(
             "scontrol", 'case "$2" in hostnames) printf "n1\\nn2\\n" ;; node) echo "x NodeAddr=127.0.0.1 y" ;; esac'
         )
+        self._process: subprocess.Popen[str] | None = None
         self.ranks("exit 0")
         self.script = self.folder / "job.sbatch"
         self.script.write_text(script_of(self.home, **values))
@@ -135,9 +137,22 @@ class Job:
             **variables,
         }
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            ["bash", self.script], cwd=self.here, env=environment, stdout=pipe, stderr=pipe, text=True
+        self._process = subprocess.Popen(
+            ["bash", self.script],
+            cwd=self.here,
+            env=environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
         )
+        return self._process
+
+    def end(self) -> None:
+        """Kill what a failed test has left of the last attempt."""
+        if self._process and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
 
     def run(self, attempt: int = 0, **variables: str) -> tuple[int, str]:
         """Exit code and what was said, of an attempt."""

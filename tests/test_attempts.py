@@ -5,9 +5,11 @@ The rendered script runs under the real bash; srun and scontrol are fake, so a t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,10 @@ HOSTILE = [
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(tmp_path)
+def job(tmp_path: Path) -> Iterator[Job]:
+    job = Job(tmp_path)
+    yield job
+    job.end()
 
 
 @pytest.mark.parametrize("home", ["it's $(touch injected) `touch injected`; * \" %j", "-n ünï {% raw %}"])
@@ -238,6 +242,14 @@ def test_steps_with_leading_zeros_are_compared_as_numbers(job: Job) -> None:
     assert "saved so far: step 100" in job.run()[1]
 
 
+def test_a_job_that_Slurm_does_not_take_back_says_so(job: Job) -> None:
+    job.slurm.program("scontrol", "[[ $1 != requeue ]]")
+    job.ranks("save 10; exit 75")
+    code, said = job.run()
+    assert code == 75
+    assert "Slurm does not take it back; uvlm submit goes on" in said
+
+
 def test_each_task_of_an_array_has_its_own_attempts_and_logs(tmp_path: Path) -> None:
     job = Job(tmp_path, template="tokenize.sbatch.j2", array=4)
     job.ranks("exit 1")
@@ -250,11 +262,13 @@ def test_each_task_of_an_array_has_its_own_attempts_and_logs(tmp_path: Path) -> 
 
 def test_a_port_at_which_somebody_answers_is_passed_over(job: Job) -> None:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        for number in range(1, 20000):
+            with contextlib.suppress(OSError):  # held by somebody else
+                listener.bind(("127.0.0.1", 10000 + number))
+                break
         listener.listen()
-        port = listener.getsockname()[1]
-        job.run(SLURM_JOB_ID=str((port - 10000) % 20000 + (20000 if port >= 30000 else 0)))
-        assert int(job.slurm.variables("srun")["MASTER_PORT"]) != port
+        job.run(SLURM_JOB_ID=str(20000 + number))
+        assert int(job.slurm.variables("srun")["MASTER_PORT"]) > 10000 + number
 
 
 def test_env_sh_may_read_variables_that_are_not_set(job: Job) -> None:

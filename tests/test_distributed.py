@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.corpus import write_corpus
-from tests.test_slurm import free_ports
+from tests.slurm_lab import free_ports
 from uvlm.cli import app
 from uvlm.distributed import World, device_index, export_world, world
 from uvlm.metrics import read_records

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests import golden
@@ -50,6 +50,7 @@ def test_bash_reads_each_value_as_it_was_given(command: list[str], image: str, f
 
 @settings(max_examples=100, deadline=None)
 @given(name=WORDS, partition=WORDS, folder=WORDS)
+@example(name='50% "it\'s" # `$(x)` *', partition="--a,b=c", folder="50 %j%%")
 def test_sbatch_reads_each_option_as_it_was_given_or_it_is_refused(name: str, partition: str, folder: str) -> None:
     home = Path("/runs/" + folder)
     try:

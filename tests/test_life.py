@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from uvlm.life import Life, LifeConfig, Skips, SpikeConfig, Spikes, Wishes
@@ -29,7 +30,7 @@ def test_a_signal_is_a_wish_to_stop_inside_and_what_it_was_outside(tmp_path: Pat
     assert signal.getsignal(number) is before
 
 
-def test_files_in_the_run_folder_are_wishes_and_go_when_they_are_fulfilled(tmp_path: Path) -> None:
+def test_files_in_the_run_folder_are_wishes(tmp_path: Path) -> None:
     life = Life(LifeConfig(), tmp_path, started=0.0, clock=lambda: 0.0)
     (tmp_path / "SAVE").touch()
     wishes = life.agree()
@@ -41,12 +42,17 @@ def test_files_in_the_run_folder_are_wishes_and_go_when_they_are_fulfilled(tmp_p
     assert wishes.stop
     assert "STOP was found" in life.reason
     life.fulfilled(wishes)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["STOP"], "it stays, for the script of a job to see"
 
 
-def test_a_file_from_before_the_start_does_not_end_it(tmp_path: Path) -> None:
+def test_a_file_from_before_the_start_does_not_end_it_and_one_made_while_it_starts_does(tmp_path: Path) -> None:
+    started = psutil.Process().create_time()
     (tmp_path / "STOP").touch()
+    os.utime(tmp_path / "STOP", (started + 1, started + 1))
+    assert Life(LifeConfig(), tmp_path, started=0.0, clock=lambda: 0.0).agree().stop
+    os.utime(tmp_path / "STOP", (started - 1, started - 1))
     assert Life(LifeConfig(), tmp_path, started=0.0, clock=lambda: 0.0).agree() == Wishes()
+    assert not (tmp_path / "STOP").exists()
 
 
 def test_the_time_budget_leaves_room_for_a_step_and_a_checkpoint(tmp_path: Path) -> None:

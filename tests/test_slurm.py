@@ -18,9 +18,10 @@ import yaml
 
 from data_pipeline.split import Split
 from tests.corpus import losses, write_corpus
-from tests.slurm_lab import REPOSITORY, UGLY, Lab, eventually, said, tasks
+from tests.slurm_lab import REPOSITORY, UGLY, Lab, eventually, said, tasks, trains
 from tests.test_schema import make_document
 from tests.test_tokenize import png, write_shards
+from uvlm.life import EXIT_STOPPED
 from uvlm.metrics import read_records
 
 pytestmark = pytest.mark.slurm
@@ -145,8 +146,9 @@ def array_task(slurm: Lab, array: str, task: int) -> str:
 
 
 REFUSED = {
-    "there is no partition 'gold' here; give --partition one of test": ["--partition=gold"],
+    "there is no partition 'gold' here; give --partition one of test, urgent": ["--partition=gold"],
     "--gpus-per-node 3 is more than a node of partition test has; its nodes have 2": ["--gpus-per-node=3"],
+    "--time 2:00:00 is above the limit of partition urgent, 1 hours": ["--partition=urgent", "--time=2:00:00"],
     "--nodes 5 is more than partition test has: 2 with 1 GPUs": ["--nodes=5"],
     "checkpoint.every=10 steps of 100 s take 1,000 s": ["--time=0:20:00", "--step-seconds=100"],
     "/nowhere has no manifest.json, so it is no finished folder of shards": ["data.train=[{path: /nowhere}]"],
@@ -166,6 +168,19 @@ def test_what_cannot_run_is_refused_before_the_queue(
     assert result.stderr.count("\n") == 1
     assert slurm.command("squeue", "--noheader") == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_the_commands_of_the_readme_for_a_cluster_work(slurm: Lab, config: Path, tmp_path: Path) -> None:
+    known = {"my.yaml": str(config), "runs/mine": str(tmp_path / "run"), "8": "1"}
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    submit, status, stop = (line.split() for line in lines if line.startswith(("    uvlm s",)))
+    more = [f"run={tmp_path / 'run'}", "optim.steps=100000"]
+    job = slurm.submit(*[known.get(word, word) for word in submit[2:]], *more)
+    eventually(trains(tmp_path / "run", 0), "a step", tmp_path / "run")
+    shown = slurm.uvlm(*[known.get(word, word) for word in status[1:]])
+    assert f"job {job} RUNNING on n[1-2]" in shown.stdout
+    assert f"job {job} saves after its current step" in slurm.uvlm(*[known.get(word, word) for word in stop[1:]]).stdout
+    assert slurm.wait(job) == EXIT_STOPPED, said(tmp_path / "run")
 
 
 def test_a_waiting_job_that_is_stopped_leaves_the_queue(slurm: Lab, config: Path, tmp_path: Path) -> None:

@@ -46,18 +46,12 @@ def test_a_job_whose_time_is_over_saves_and_comes_back(
 ) -> None:
     run = tmp_path / "run"
     job = slurm.submit(
-        config,
-        f"run={run}",
-        "optim.steps=1500",
-        "checkpoint.every=100000",
-        "--time=2",
-        "--stop-before=60",
-        *ON_TWO_NODES,
+        config, f"run={run}", "optim.steps=800", "checkpoint.every=2000", "--time=2", "--stop-before=60", *ON_TWO_NODES
     )
     assert slurm.wait(job) == 0, said(run)
     first, second, *_ = attempts(run)
     assert first == 0
-    assert 0 < second < 1000, "the time limit is to end the first attempt: make the run longer"
+    assert 0 < second < 800, "the time limit is to end the first attempt: make the run longer"
     log = (run / "logs" / f"job_{job}.log").read_text()
     assert "the time limit is near: the ranks save and leave" in log
     assert "back to the queue, restart 1 of at most 50" in log
@@ -75,6 +69,9 @@ def test_a_job_survives_all_that_happens_to_it(slurm: Lab, config: Path, uninter
     hurt = {
         "scancel --signal": lambda: slurm.command("scancel", "--signal=USR2", job),
         "scontrol requeue": lambda: slurm.command("scontrol", "requeue", job),
+        "preemption": lambda: slurm.command(
+            "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+        ),
         "a killed rank": lambda: kill_rank(job, 1),
         "a killed step daemon": lambda: kill_step_daemon(job, 1),
         "a node set down": lambda: slurm.command("scontrol", "update", "nodename=n2", "state=down", "reason=test"),

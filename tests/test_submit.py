@@ -169,10 +169,10 @@ def test_a_run_folder_that_was_moved_goes_on_where_it_is(submit: Callable[..., S
     submit()
     moved = run.with_name("moved")
     run.rename(moved)
-    # The settings still name the old place for the JSON, which is a mistake that is named, not one that is guessed at.
-    with pytest.raises(ValueError, match="there is no DeepSpeed JSON"):
-        submit(config=moved)
-    assert submit("deepspeed=zero3.json", config=moved).home == moved
+    assert submit(config=moved).home == moved
+    submitted = yaml.safe_load((moved / "jobs" / "002" / "config.yaml").read_text())
+    assert submitted["run"] == str(moved)
+    assert submitted["deepspeed"] == str(moved / "jobs" / "002" / "deepspeed.json")
     assert not run.exists()
 
 
@@ -336,9 +336,12 @@ def test_an_evaluation_needs_a_model_or_the_training_before_it(
     with pytest.raises(ValueError, match="is no run folder"):
         submit_evaluation(run.parent, shards, request._replace(after=["42"]), env_file)
     slurm.answer("squeue", "42|42|RUNNING|None|n1|1:00|N/A")
+    slurm.sbatch(submit="43")
     done = submit_evaluation(run, shards, request._replace(after=["42"]), env_file)
     assert f"  eval\n  {shlex.quote(str(run))}\n  --shards={shards}\n)" in done.script
     assert [entry["kind"] for entry in submissions(run)] == ["train", "eval"]
+    slurm.answer("squeue", "43|43|PENDING|Dependency||1:00|N/A")
+    submit(config=run, dry_run=True)  # an evaluation that waits is no reason not to go on
 
 
 def test_the_config_that_is_submitted_is_plain_YAML(submit: Callable[..., Submitted], run: Path) -> None:

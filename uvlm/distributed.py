@@ -89,12 +89,12 @@ def _check(place: World, step: World | None) -> None:
     if _under_torchrun() and agents and nodes and agents < nodes:
         raise ValueError(
             f"srun started torchrun on SLURM_STEP_NUM_NODES={nodes} nodes, but it joins only GROUP_WORLD_SIZE={agents} "
-            f"of them, so nodes would train apart; start it with --nnodes={nodes}, as slurm/train.sbatch does"
+            f"of them, so nodes would train apart; start it with --nnodes={nodes} on each"
         )
     if place.size < step.size:
         remedy = "unset RANK, WORLD_SIZE and LOCAL_RANK before srun"
         if _under_torchrun():
-            remedy = "start one torchrun per node (srun --ntasks-per-node=1), as slurm/train.sbatch does"
+            remedy = "start one torchrun per node (srun --ntasks-per-node=1)"
         raise ValueError(
             f"srun started SLURM_STEP_NUM_TASKS={step.size} tasks, but WORLD_SIZE={place.size} with RANK={place.rank}, "
             f"so tasks would train apart; {remedy}"

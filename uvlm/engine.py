@@ -52,6 +52,8 @@ START_TIMEOUT = timedelta(minutes=30)
 def start() -> torch.device:
     """Join the process group through DeepSpeed and return this rank's device."""
     export_world()
+    if sentence := compiler_missing():
+        raise ValueError(sentence)
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     device = torch.device("cuda", device_index(torch.cuda.device_count())) if cuda else torch.device("cpu")

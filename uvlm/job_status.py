@@ -34,7 +34,7 @@ def status(home: Path) -> list[str]:
 
 
 def stop(home: Path, now: bool = False) -> list[str]:
-    """Ask the jobs of this folder to end: a running one saves first, unless `now`; a waiting one leaves the queue.
+    """Ask the jobs of this folder to end: a training that runs saves first, unless `now`; others are cancelled.
 
     Returns what was done, as sentences.
     """
@@ -45,16 +45,17 @@ def stop(home: Path, now: bool = False) -> list[str]:
     # The file comes first: a job that goes back to the queue in this moment finds it when it starts.
     (home / "STOP").touch()
     if not queued:
-        return [
-            f"no job of {home} waits or runs; what was started otherwise finds {home / 'STOP'} and saves, then ends"
-        ]
+        stop_file = home / "STOP"
+        return [f"no job of {home} waits or runs; what was started otherwise finds {stop_file} and saves, then ends"]
     said = []
-    for number, job in queued.items():
-        if now or job.state not in _RUNNING:
-            slurm_commands.cancel(number)
-            said.append(f"job {number} was {job.state.lower()} and is cancelled")
+    for entry in known:
+        if (job := queued.get(entry["job"])) is None:
+            continue
+        if entry["kind"] == "train" and job.state in _RUNNING and not now:
+            said.append(f"job {entry['job']} saves after its current step and ends; `uvlm status {home}` shows it")
         else:
-            said.append(f"job {number} saves after its current step and ends; `uvlm status {home}` shows it")
+            slurm_commands.cancel(entry["job"])
+            said.append(f"job {entry['job']} was {job.state.lower()} and is cancelled")
     return said
 
 

@@ -77,8 +77,10 @@ def submit_training(
     _check_cluster(request)
     is_run = (config_path / "config.yaml").is_file()
     config = load_config(config_path / "config.yaml" if is_run else config_path, overrides)
-    if is_run and config.run != config_path.absolute():
+    if is_run and (moved_from := config.run) != config_path.absolute():
         config = config.model_copy(update={"run": config_path.absolute()})
+        if config.deepspeed.is_relative_to(moved_from):
+            config = config.model_copy(update={"deepspeed": config.run / config.deepspeed.relative_to(moved_from)})
     tree = check(config, request.world_size, data_is_there=not request.after)
     _check_time(request, config.checkpoint.every, step_seconds or measured_step_seconds(config.run))
     _check_not_queued(config.run, request.after)
@@ -144,7 +146,8 @@ def submit_evaluation(run: Path, shards: Path, request: Request, env_file: Path,
 
 def submissions(home: Path) -> list[dict[str, Any]]:
     """job.json of all that was submitted for this folder, oldest first, each with its own `folder`."""
-    files = sorted((home / "jobs").glob("[0-9]*/job.json"), key=lambda path: int(path.parent.name))
+    files = [path for path in (home / "jobs").glob("*/job.json") if path.parent.name.isdecimal()]
+    files.sort(key=lambda path: int(path.parent.name))
     return [{**json.loads(path.read_text()), "folder": path.parent} for path in files]
 
 
@@ -197,7 +200,7 @@ def _forget_stop(home: Path) -> None:
 
 def _submit(work: _Work, request: Request, env_file: Path, dry_run: bool) -> Submitted:
     """Ask Slurm whether it would take the job, make its folder, and submit it. Where that fails, all is as before."""
-    numbers = [int(path.name) for path in (work.home / "jobs").glob("[0-9]*")]
+    numbers = [int(path.name) for path in (work.home / "jobs").glob("*") if path.name.isdecimal()]
     folder = work.home / "jobs" / f"{max(numbers, default=0) + 1:03d}"
     python = sys.executable if request.container == "none" else "python"
     script = job_script.render(
