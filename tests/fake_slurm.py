@@ -111,17 +111,19 @@ class Job:
             "scontrol", 'case "$2" in hostnames) printf "n1\\nn2\\n" ;; node) echo "x NodeAddr=127.0.0.1 y" ;; esac'
         )
         self._process: subprocess.Popen[str] | None = None
-        self.ranks("exit 0")
+        self.ranks(":")
         self.script = self.folder / "job.sbatch"
         self.script.write_text(script_of(self.home, **values))
 
     def ranks(self, body: str, remove_caches: str = "") -> None:
-        """What the ranks of the next attempt do. `save N` leaves a checkpoint of step N."""
+        """What the ranks of the next attempt do. `save N` leaves a checkpoint of step N; who comes to the end without
+        an `exit` leaves a model."""
         self.slurm.program(
             "srun",
             f"home={shlex.quote(str(self.home))}\n"
             'save() { mkdir -p "$home/checkpoints/step_$1"; touch "$home/checkpoints/step_$1/state.json"; }\n'
-            f'if [[ " $* " != *" --kill-on-bad-exit=1 "* ]]; then {remove_caches or ":"}; exit; fi\n{body}',
+            f'if [[ " $* " != *" --kill-on-bad-exit=1 "* ]]; then {remove_caches or ":"}; exit; fi\n{body}\n'
+            'mkdir -p "$home/model"; touch -d "1 minute" "$home/model"',
         )
 
     def start(self, attempt: int = 0, **variables: str) -> subprocess.Popen[str]:

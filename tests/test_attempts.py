@@ -54,7 +54,7 @@ def test_hostile_arguments_and_folders_reach_the_program_and_nothing_in_them_run
     job = Job(tmp_path, home, command=[str(program), *HOSTILE])
     job.ranks(
         "export SLURM_PROCID=3 SLURM_NODEID=1 SLURMD_NODENAME=n2 SLURM_CPUS_PER_TASK=4\n"
-        'while [[ $1 != bash ]]; do shift; done; exec "$@"'
+        'while [[ $1 != bash ]]; do shift; done; "$@"'
     )
     code, said = job.run(REPORT=str(report))
     assert code == 0, said
@@ -100,6 +100,24 @@ def test_all_processes_are_started_by_one_srun_that_is_told_its_cores(job: Job) 
 def test_a_run_that_has_finished_does_not_come_back(job: Job) -> None:
     assert job.run()[0] == 0
     assert job.num_starts == 1
+    assert not job.was_requeued
+
+
+def test_srun_that_lost_its_tasks_and_says_0_does_not_end_a_training(job: Job) -> None:
+    (job.home / "model").mkdir()  # of an earlier end, before optim.steps was raised
+    os.utime(job.home / "model", (0, 0))
+    job.ranks("save 10; exit 0")
+    code, said = job.run()
+    assert code == 1
+    assert job.was_requeued
+    assert "failed with exit code 0; saved so far: step 10" in said
+
+
+@pytest.mark.parametrize("template", ["eval.sbatch.j2", "tokenize.sbatch.j2"])
+def test_other_work_ends_when_srun_says_so(tmp_path: Path, template: str) -> None:
+    job = Job(tmp_path, template=template)
+    job.ranks("exit 0")
+    assert job.run()[0] == 0
     assert not job.was_requeued
 
 
