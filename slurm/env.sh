@@ -20,6 +20,7 @@
 # -- The job.
 # export UVLM_LOCAL_DISK=/local        # folder on each node's own disk for compiled kernels (default: TMPDIR or /tmp). A
 #                                      # shared disk works but is slow, and a killed start can leave a lock behind there.
+# export TORCH_EXTENSIONS_DIR=/shared/extensions  # to keep DeepSpeed's compiled operators between attempts, at that risk
 # export UVLM_MOUNTS=/data,/datasets   # with --apptainer: further folders that the image sees (A or A:B, with commas);
 #                                      # with --pyxis both sides are needed: /data:/data,/datasets:/datasets
 

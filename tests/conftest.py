@@ -34,11 +34,18 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Lab]":
-    """A Slurm of two nodes; one for all tests, as each leaves it idle."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Lab]":
+    """A Slurm of two nodes; one for all tests."""
     from tests.slurm_lab import start
 
     yield from start(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture
+def slurm(cluster: "Lab") -> "Iterator[Lab]":
+    """The cluster; idle again after the test, whatever becomes of it."""
+    yield cluster
+    cluster.clear()
 
 
 @pytest.fixture(scope="session")
@@ -50,14 +57,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(slurm: "Lab", config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(cluster: "Lab", config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a training over two nodes, ZeRO-3 across both, that nothing happened to."""
     from tests.slurm_lab import UGLY, said
 
     run = tmp_path_factory.mktemp("uninterrupted") / UGLY
     words = ("optim.steps=800", "checkpoint.every=800", f"validation.prompts=[{json.dumps(UGLY)}]")
-    job = slurm.submit(config, f"run={json.dumps(str(run))}", *words, "--nodes=2", "--gpus-per-node=1")
-    assert slurm.wait(job) == 0, said(run)
+    job = cluster.submit(config, f"run={json.dumps(str(run))}", *words, "--nodes=2", "--gpus-per-node=1")
+    assert cluster.wait(job) == 0, said(run)
     return run
 
 

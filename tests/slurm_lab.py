@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -66,6 +67,13 @@ class Lab(NamedTuple):
         waiting = ["bash", str(CLUSTER), "wait", str(self.conf.parent), job]
         return int(subprocess.check_output(waiting, env=self.environment, timeout=480))
 
+    def clear(self) -> None:
+        """End all jobs, and have both nodes up."""
+        user = str(os.geteuid())
+        self.command("scancel", f"--user={user}")
+        self.command("scontrol", "update", "nodename=n[1-2]", "state=resume")
+        eventually(lambda: not self.command("squeue", "--noheader"), "an empty queue", self.conf.parent)
+
 
 def free_ports(count: int) -> list[int]:
     """Ports that are free now; all sockets are open at once, so they differ."""
@@ -87,9 +95,11 @@ def start(folder: Path) -> Iterator[Lab]:
         "SLURM_CONF": str(folder / "slurm.conf"),
         "PYTHONPATH": str(REPOSITORY),
         "GLOO_SOCKET_IFNAME": "lo",  # gloo looks up this machine's name, which need not resolve
-        # Compiled once for all tests. What a job does without it: test_slurm.
-        "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache" / "uvlm" / "torch_extensions"),
+        "UVLM_ENV": str(folder / "env.sh"),
     }
+    # Compiled once for all tests. What a job does without it: test_slurm.
+    extensions = Path.home() / ".cache" / "uvlm" / "torch_extensions"
+    (folder / "env.sh").write_text(f"export TORCH_EXTENSIONS_DIR={shlex.quote(str(extensions))}\n")
     try:
         ports = [str(port) for port in free_ports(3)]
         subprocess.run(["bash", CLUSTER, "start", folder, *ports], check=True, timeout=60)

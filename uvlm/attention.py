@@ -64,9 +64,13 @@ def cached_attention(q_BNH: torch.Tensor, k_BSGH: torch.Tensor, v_BSGH: torch.Te
     return F.scaled_dot_product_attention(q, k, v).flatten(1, 2).to(q_BNH.dtype)
 
 
-def missing_backend(dtype: str) -> str | None:
-    """A sentence with the remedy where this machine's attention cannot run in `dtype` ("bf16", "fp16" or "fp32")."""
-    if not torch.cuda.is_available():
+def missing_backend(dtype: str, on_gpus: bool | None = None) -> str | None:
+    """A sentence with the remedy where what is installed cannot do attention in `dtype` ("bf16", "fp16" or "fp32").
+
+    Args:
+        on_gpus: whether it will run on GPUs; as this machine has them, unless given.
+    """
+    if not (torch.cuda.is_available() if on_gpus is None else on_gpus):
         return None
     if importlib.util.find_spec("flash_attn") is None:
         return "attention on a GPU needs flash-attn, which is not installed; install it: pip install 'uvlm[gpu]'"

@@ -27,13 +27,14 @@ from uvlm.weights import Weights, check_weights, freeze
 _CHECKPOINT_BYTES = {"bf16": 2 + 12, "fp16": 2 + 12, "fp32": 4 + 12}
 
 
-def check(config: Config, world_size: int, data_is_there: bool = True) -> dict[str, Any]:
+def check(config: Config, world_size: int, data_is_there: bool = True, on_gpus: bool | None = None) -> dict[str, Any]:
     """Raise ValueError with a remedy where the run cannot work: ranks, JSON, compiler, data, checkpoints, disk.
 
     Returns the complete DeepSpeed config.
 
     Args:
         data_is_there: False where another job is still to make the shards: those that are not there are no error.
+        on_gpus: whether the run will have GPUs; as this machine has them, unless given.
     """
     if config.data.num_rows % world_size:
         num_rows = config.data.num_rows
@@ -44,9 +45,10 @@ def check(config: Config, world_size: int, data_is_there: bool = True) -> dict[s
             f"start {' or '.join(ranks)} ranks, or set data.num_rows={above}"
         )
     tree = resolve(read_deepspeed_json(config.deepspeed), config, world_size)
-    if sentence := compiler_missing():
+    on_gpus = torch.cuda.is_available() if on_gpus is None else on_gpus
+    if not on_gpus and (sentence := compiler_missing()):
         raise ValueError(sentence)
-    if config.dtype == "fp16" and not torch.cuda.is_available():
+    if config.dtype == "fp16" and not on_gpus:
         raise ValueError("DeepSpeed trains with dtype=fp16 on GPUs only; use dtype=bf16")
     if sentence := missing_backend(config.dtype):
         raise ValueError(sentence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +32,9 @@ StopBefore = Annotated[
     int,
     typer.Option("--stop-before", min=1, max=65535, help="seconds before the limit at which the ranks save and leave"),
 ]
-MaxRestarts = Annotated[int, typer.Option("--max-restarts", min=0, help="restarts of one submission, for any reason")]
+MaxRestarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="restarts after failures; those for a time limit do not count")
+]
 Sbatch = Annotated[
     list[str] | None, typer.Option("--sbatch", help="another option of sbatch, as --sbatch=--constraint=h100")
 ]
@@ -73,19 +76,19 @@ def submit(
     from uvlm.submit import submit_training
 
     request, env_file = _request(
-        env,
-        nodes,
-        gpus_per_node,
-        time,
-        partition,
-        account,
-        qos,
-        after,
-        stop_before,
-        max_restarts,
-        sbatch,
-        apptainer,
-        pyxis,
+        env=env,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        after=after,
+        stop_before=stop_before,
+        max_restarts=max_restarts,
+        sbatch=sbatch,
+        apptainer=apptainer,
+        pyxis=pyxis,
     )
     done = submit_training(
         config, overrides or [], request, env_file, step_seconds=step_seconds, trust=trust, dry_run=dry_run
@@ -93,8 +96,7 @@ def submit(
     _show(done, request)
     if not dry_run:
         home = shlex.quote(str(done.home))
-        print(f"watch:  uvlm status {home}\n        tail -F {home}/logs/rank_0.log")
-        print(f"        tensorboard --logdir {home}/tensorboard\nstop:   uvlm stop {home}")
+        print(f"        tail -F {home}/logs/rank_0.log\n        tensorboard --logdir {home}/tensorboard")
 
 
 @app.command("submit-tokenize")
@@ -124,7 +126,19 @@ def submit_tokenize(
     from uvlm.submit import submit_tokenizing
 
     request, env_file = _request(
-        env, 1, gpus_per_node, time, partition, account, qos, after, 60, max_restarts, sbatch, apptainer, pyxis
+        env=env,
+        nodes=1,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        after=after,
+        stop_before=60,
+        max_restarts=max_restarts,
+        sbatch=sbatch,
+        apptainer=apptainer,
+        pyxis=pyxis,
     )
     options = [f"--min-psnr={min_psnr}", *["--drop-images"] * drop_images]
     done = submit_tokenizing(shards, out, tokenizer, options, tasks, request, env_file, dry_run=dry_run)
@@ -151,7 +165,19 @@ def submit_eval(
     from uvlm.submit import submit_evaluation
 
     request, env_file = _request(
-        env, 1, gpus_per_node, time, partition, account, qos, after, 60, 3, sbatch, apptainer, pyxis
+        env=env,
+        nodes=1,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        after=after,
+        stop_before=60,
+        max_restarts=3,
+        sbatch=sbatch,
+        apptainer=apptainer,
+        pyxis=pyxis,
     )
     _show(submit_evaluation(run, shards, request, env_file, dry_run=dry_run), request)
 
@@ -176,6 +202,7 @@ def stop(
 
 
 def _request(
+    *,
     env: Path | None,
     nodes: int,
     gpus_per_node: int,
@@ -214,10 +241,15 @@ def _request(
 
 
 def _show(done: Submitted, request: Request) -> None:
+    if done.warning:
+        print(f"warning: {done.warning}", file=sys.stderr)
     if not done.job:
         print(done.script, end="")
         return
+    limit = request.time or "that of the partition"
     print(
         f"job {done.job} is in the queue: {request.nodes} node(s), {request.world_size} process(es), folder "
-        f"{done.home}\nSlurm expects it to start at {done.expected_start}"
+        f"{done.home}\nSlurm expects it to start at {done.expected_start}; time limit: {limit}"
     )
+    home = shlex.quote(str(done.home))
+    print(f"stop:   uvlm stop {home}\nwatch:  uvlm status {home}")

@@ -91,6 +91,29 @@ def render(
         comment_start_string="<!--",  # {# is the length of a variable to bash
         comment_end_string="-->",
     )
+    lines = _options(request, name, home, array)
+    for line in lines:
+        check_option(line)
+    bare = request.container == "none"
+    if wrong := re.search(":" if bare else "[,:]", str(home)):
+        what = "the folders of PYTHONPATH" if bare else "the mounts of a container"
+        raise ValueError(f"{home} holds a {wrong[0]!r}, which separates {what}; rename the folder")
+    values: Mapping[str, Any] = {
+        "options": lines,
+        "home": home,
+        "folder": folder,
+        "max_restarts": request.max_restarts,
+        "stop_before": request.stop_before,
+        "tasks_per_node": request.tasks_per_node,
+        "command": command,
+        "container": request.container,
+        "image": request.image,
+    }
+    return environment.get_template(template).render(values)
+
+
+def _options(request: Request, name: str, home: Path, array: int | None) -> list[str]:
+    """The options of sbatch, as --name=value."""
     # Slurm fills in %j and its kin; a % of the path itself is doubled.
     log = str(home / "logs" / "job_").replace("%", "%%") + ("%j.log" if array is None else "%A_%a.log")
     options = {
@@ -108,25 +131,11 @@ def render(
         "open-mode": "append",  # the attempts of a job share the file
         "signal": f"B:USR2@{request.stop_before}",
     }
+    for line in request.others:
+        if (key := line.removeprefix("--").partition("=")[0]) in {*options, "requeue", "no-requeue", "ntasks", "wait"}:
+            raise ValueError(f"--sbatch={line} sets --{key}, which uvlm decides itself; leave it out")
     lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    lines += ["--requeue", *request.others]
-    for line in lines:
-        check_option(line)
-    bare = request.container == "none"
-    if wrong := re.search(":" if bare else "[,:]", str(home)):
-        what = "the folders of PYTHONPATH" if bare else "the mounts of a container"
-        raise ValueError(f"{home} holds a {wrong[0]!r}, which separates {what}; rename the folder")
-    values: Mapping[str, Any] = {
-        "options": lines,
-        "home": home,
-        "folder": folder,
-        "max_restarts": request.max_restarts,
-        "tasks_per_node": request.tasks_per_node,
-        "command": command,
-        "container": request.container,
-        "image": request.image,
-    }
-    return environment.get_template(template).render(values)
+    return [*lines, "--requeue", *request.others]
 
 
 def check_option(line: str) -> None:
@@ -137,11 +146,14 @@ def check_option(line: str) -> None:
         raise ValueError(f"{line!r} is no long option of sbatch; write it as --name=value, such as --constraint=h100")
 
 
-def seconds(time: str) -> int:
+def seconds(time: str) -> float:
     """Slurm's notation of a time limit in seconds; ValueError where it is none.
 
+    UNLIMITED or infinite,
     minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
     """
+    if time.lower() in ("unlimited", "infinite"):
+        return float("inf")
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not match:
         raise ValueError(

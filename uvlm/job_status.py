@@ -11,7 +11,7 @@ from typing import Any
 
 from uvlm import slurm_commands
 from uvlm.slurm_commands import Job
-from uvlm.submit import submissions
+from uvlm.submit import is_run_folder, submissions
 
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
 
@@ -26,10 +26,11 @@ def status(home: Path) -> list[str]:
         if entry["job"] in queued or entry is known[-1]
     ]
     lines += [f"{name:<10} {value}" for name, value in _training(home)]
-    log = home / "logs" / f"job_{known[-1]['job']}.log"
-    if log.is_file():
+    number = known[-1]["job"]
+    for log in sorted((home / "logs").glob(f"job_{number}.log")) or sorted((home / "logs").glob(f"job_{number}_*.log")):
         said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("uvlm: ")]
         lines += [f"{'job log':<10} {log}", *(f"{'':<10} {line[6:]}" for line in said[-3:])]
+        lines += [f"{'':<10} {line}" for line in _errors(log)]
     return lines
 
 
@@ -39,11 +40,11 @@ def stop(home: Path, now: bool = False) -> list[str]:
     Returns what was done, as sentences.
     """
     known = submissions(home)
-    if not known and not (home / "config.yaml").is_file():
-        raise ValueError(f"{home} is no run folder (it has no config.yaml); give the folder that `uvlm train` printed")
-    queued = slurm_commands.jobs([entry["job"] for entry in known]) if known else {}
+    if not known and not is_run_folder(home):
+        raise ValueError(f"{home} is no run folder; give the folder that `uvlm train` or `uvlm submit` printed")
     # The file comes first: a job that goes back to the queue in this moment finds it when it starts.
     (home / "STOP").touch()
+    queued = slurm_commands.jobs([entry["job"] for entry in known]) if known else {}
     if not queued:
         stop_file = home / "STOP"
         return [f"no job of {home} waits or runs; what was started otherwise finds {stop_file} and saves, then ends"]
@@ -68,15 +69,27 @@ def _known(home: Path) -> list[dict[str, Any]]:
 
 def _state(entry: dict[str, Any], queued: dict[str, Job]) -> str:
     job = queued.get(entry["job"])
-    attempts = [path.read_text().splitlines() for path in entry["folder"].glob("attempts*")]
-    restarts = sum(max(0, len(lines) - 1) for lines in attempts)
-    limit = f"restarts {restarts}, at most {entry['request']['max_restarts']}"
+    attempts = [path.read_text() for path in entry["folder"].glob("attempts*")]
+    restarts = sum(max(0, text.count("begin\t") - 1) for text in attempts)
+    limit = f"restarts: {restarts}"
     if job is None:
         return f"job {entry['job']}, not in the queue any more; {limit}"
     if job.state in _RUNNING:
         return f"job {entry['job']} {job.state} on {job.nodes}, {job.left} left; {limit}"
+    if job.reason == "DependencyNeverSatisfied":
+        return f"job {entry['job']} will never start, as a job of --after failed or was stopped; `uvlm stop` it"
     expected = f", expected to start at {job.start}" if job.start not in ("N/A", "") else ""
     return f"job {entry['job']} {job.state} ({job.reason}){expected}; {limit}"
+
+
+def _errors(log: Path) -> list[str]:
+    """What the ranks of the last attempt gave as reason where it failed: the first sentence that is found."""
+    attempts = sorted(log.with_suffix("").glob("attempt_*"), key=lambda path: int(path.name.removeprefix("attempt_")))
+    for rank in sorted(attempts[-1].glob("rank_*.log")) if attempts else []:
+        found = [line for line in rank.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+        if found:
+            return [f"{rank.name}: {found[-1]}"]
+    return []
 
 
 def _training(home: Path) -> Iterator[tuple[str, str]]:

@@ -54,12 +54,12 @@ import uvlm
 from data_pipeline.shards import MANIFEST_NAME
 from data_pipeline.storage import Folder
 from data_pipeline.vocab import Vocab
-from uvlm import preflight_judge, run_folder
+from uvlm import distributed, preflight_judge, run_folder
 from uvlm.backbone import DTYPES
 from uvlm.config import Config, dump_config
 from uvlm.preflight_judge import GPU, Facts, Measured, Stage, Verdict, named
 
-DEADLINE = 60.0  # seconds
+DEADLINE, SECONDS_A_RANK = 60.0, 0.25  # a thousand ranks that meet on a busy network take their time
 _GRACE = 10.0  # seconds that the other ranks give rank 0 to say who is late
 _TOKEN = ".preflight_"
 _TOKEN_SECONDS = 5.0  # nobody asks for the token before it is written, so caches of a network file system know nothing
@@ -68,14 +68,15 @@ _MOST_ERRORS = 8  # in one message
 _NUM_ROUNDS, _NUM_EXCHANGES = 5, 3  # timed ones, of which the fastest counts
 
 
-def preflight(config: Config, device: torch.device, deadline: float = DEADLINE) -> None:
+def preflight(config: Config, device: torch.device, deadline: float | None = None) -> None:
     """Check ranks, nodes and links of this job. All ranks call it, in a process group.
 
     Rank 0 prints a summary, and warnings, which also go to events.jsonl of the run folder.
 
     Args:
         device: this rank's own, from which its backend sends.
-        deadline: seconds after which the process ends with exit code 1 and a sentence that says who is late.
+        deadline: seconds after which the process ends with exit code 1 and a sentence that says who is late; else
+            DEADLINE and SECONDS_A_RANK for each rank.
 
     Raises:
         ValueError: on all ranks, where something differs that must not, or calculates or transfers wrongly.
@@ -83,7 +84,7 @@ def preflight(config: Config, device: torch.device, deadline: float = DEADLINE) 
     started = time.perf_counter()
     board = _Board()
     num_bytes = (16 if device.type == "cuda" else 4) << 20
-    with _watched(board, deadline):
+    with _watched(board, deadline or DEADLINE + SECONDS_A_RANK * board.num_ranks):
         token, clock = _meet(board, config.run)
         board.at("reading data, tokenizer and run folder")
         board.put(f"facts/{board.rank}", dataclasses.asdict(_look(config, board, token, clock)))
@@ -263,6 +264,8 @@ def _run_trouble(run: Path, token: str, rank: int) -> str | None:
                 "nodes share"
             )
         time.sleep(0.1)
+    if distributed.world().local_rank:
+        return None  # one of a node writes for all
     trial = run / f"{token or _TOKEN}_{rank}"
     try:
         trial.write_text("")

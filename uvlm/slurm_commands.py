@@ -19,6 +19,9 @@ from uvlm.job_script import Request, seconds, template_folder
 # What Slurm answers (before the colon of its reasons) and what helps. The first that fits: an answer about policy names
 # time limits too.
 _REMEDIES = {
+    "unable to contact": "its controller does not answer; wait, and run the same command again",
+    "timed out": "its controller does not answer; wait, and run the same command again",
+    "dependency problem": "give --after the numbers of jobs that Slurm still knows (`squeue --me` lists them)",
     "invalid account": "give --account one that may use this partition (`sacctmgr show assoc user=$USER` lists them)",
     "invalid qos": "give --qos one that your account has (`sacctmgr show assoc user=$USER format=qos` lists them)",
     "invalid feature": "give a --constraint that nodes have (`sinfo -o '%R %f'` lists them)",
@@ -95,6 +98,8 @@ def env_options(env_file: Path) -> dict[str, str]:
         raise ValueError(
             f"{env_file} fails here ({said[-1] if said else 'without a word'}); mend it, the job runs it too"
         )
+    if not done.stdout:
+        raise ValueError(f"{env_file} ends the shell that reads it (`exit`?), so the job would end there; remove that")
     pairs = (item.partition("=") for item in done.stdout.split("\0"))
     found = {name: value for name, _, value in pairs if name.startswith("SBATCH_")}
     if unknown := sorted(found.keys() - _ENV_OPTIONS.keys()):
@@ -108,10 +113,10 @@ def env_options(env_file: Path) -> dict[str, str]:
 def partitions() -> dict[str, Partition]:
     """The partitions of the cluster, by name."""
     found: dict[str, Partition] = {}
-    for line in _run(["sinfo", "--noheader", "--format=%P|%l|%D|%G"]).splitlines():
+    for line in _run(["sinfo", "--all", "--noheader", "--format=%P|%l|%D|%G"]).splitlines():
         name, limit, count, gres = line.split("|", 3)
         is_default, name = name.endswith("*"), name.removesuffix("*")
-        max_seconds = float("inf") if limit in ("infinite", "n/a") else float(seconds(limit))
+        max_seconds = float("inf") if limit == "n/a" else seconds(limit)
         partition = found.setdefault(name, Partition(name, is_default, max_seconds, {}))
         gpus = sum(int(number) for number in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
         partition.nodes_by_gpus[gpus] = partition.nodes_by_gpus.get(gpus, 0) + int(count)
@@ -179,6 +184,20 @@ def jobs(numbers: Sequence[str]) -> dict[str, Job]:
     return found
 
 
+def check_known(numbers: Sequence[str]) -> None:
+    """ValueError where a number is none of a job that Slurm knows: Slurm would not wait for it at all."""
+    for number in numbers:
+        if not number.isdecimal():
+            raise ValueError(f"--after {number!r} is no number of a job; give one, and --after again for another")
+        try:
+            _run(["scontrol", "show", "job", number])
+        except ValueError:
+            raise ValueError(
+                f"--after {number}: Slurm knows no such job; give the number that `uvlm submit` printed, or leave "
+                "--after out where it has ended well (Slurm forgets jobs after some minutes)"
+            ) from None
+
+
 def cancel(number: str) -> None:
     """End the job, whatever it does; a waiting one leaves the queue."""
     _run(["scancel", number])
@@ -189,19 +208,22 @@ def _sbatch(command: list[str], script: str | None = None) -> str:
         return _run(command, script)
     except ValueError as error:
         answer = str(error)
-    remedy = next((remedy for words, remedy in _REMEDIES.items() if words in answer.lower()), "change the request")
-    raise ValueError(f"Slurm refuses the job: {answer}; {remedy}")
+    raise ValueError(f"Slurm refuses the job: {answer}; {_remedy(answer) or 'change the request'}")
+
+
+def _remedy(answer: str) -> str:
+    return next((remedy for words, remedy in _REMEDIES.items() if words in answer.lower()), "")
 
 
 def _run(command: list[str], stdin: str | None = None) -> str:
     """What the command answers. ValueError with what it complained of where it fails or is not there.
 
-    A request is what stands in its script: variables that would change it or an answer, or that an allocation around
-    this process or another start of ranks has left, do not reach it.
+    A request is what stands in its script: variables that would change it or an answer, that an allocation around this
+    process or another start of ranks has left, or that name folders for kernels here (cli.main does) do not reach it.
     """
     foreign = (
         r"(SBATCH|SINFO|SQUEUE|SCANCEL)_.*|SLURM_(?!CONF$).*|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|"
-        r"CUDA_VISIBLE_DEVICES"
+        r"CUDA_VISIBLE_DEVICES|TORCH_EXTENSIONS_DIR|TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR"
     )
     environment = {name: value for name, value in os.environ.items() if not re.fullmatch(foreign, name)}
     try:
@@ -211,10 +233,16 @@ def _run(command: list[str], stdin: str | None = None) -> str:
     except FileNotFoundError:
         raise ValueError(f"there is no {command[0]} command here; run this where Slurm's commands are") from None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]} gave no answer within two minutes; is Slurm's controller up?") from None
+        raise ValueError(f"{command[0]} gave no answer within two minutes; see `squeue --me`, and try again") from None
     if done.returncode:
         lines = [
-            re.sub(r"^(sbatch|sinfo|squeue|scancel): (error: |fatal: )?", "", line) for line in done.stderr.splitlines()
+            re.sub(r"^(sbatch|sinfo|squeue|scancel|scontrol): (error: |fatal: )?", "", line)
+            for line in done.stderr.splitlines()
         ]
-        raise ValueError("; ".join(line.removeprefix("allocation failure: ") for line in lines if line) or "no reason")
+        answer = "; ".join(line.removeprefix("allocation failure: ") for line in lines if line) or "no reason"
+        if command[0] == "sbatch":
+            raise ValueError(answer)
+        raise ValueError(
+            f"{command[0]} fails: {answer}; {_remedy(answer) or 'is this where the cluster is used from?'}"
+        )
     return done.stdout.strip() or done.stderr.strip()  # --test-only speaks on standard error

@@ -12,12 +12,15 @@ after each time limit, runs what was checked. The copy of the code takes 0.05 s 
 
 from __future__ import annotations
 
+import compileall
+import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -36,6 +39,7 @@ class Submitted(NamedTuple):
     home: Path
     script: str
     expected_start: str
+    warning: str = ""
 
 
 class _Work(NamedTuple):
@@ -70,18 +74,22 @@ def submit_training(
         ValueError: it could not work, or Slurm refuses it; nothing was made.
     """
     from uvlm import run_folder
+    from uvlm.attention import missing_backend
     from uvlm.check import check
     from uvlm.config import dump_config, load_config
     from uvlm.deepspeed_config import read_deepspeed_json
 
     _check_cluster(request)
-    is_run = (config_path / "config.yaml").is_file()
+    is_run = is_run_folder(config_path)
+    if config_path.is_dir() and not is_run:
+        raise ValueError(f"{config_path} is no run folder; give the path of a YAML, or the folder of a run")
     config = load_config(config_path / "config.yaml" if is_run else config_path, overrides)
     if is_run and (moved_from := config.run) != config_path.absolute():
         config = config.model_copy(update={"run": config_path.absolute()})
         if config.deepspeed.is_relative_to(moved_from):
             config = config.model_copy(update={"deepspeed": config.run / config.deepspeed.relative_to(moved_from)})
-    tree = check(config, request.world_size, data_is_there=not request.after)
+    on_gpus = request.gpus_per_node > 0
+    tree = check(config, request.world_size, data_is_there=not request.after, on_gpus=on_gpus)
     _check_time(request, config.checkpoint.every, step_seconds or measured_step_seconds(config.run))
     _check_not_queued(config.run, request.after)
     user_json = json.dumps(read_deepspeed_json(config.deepspeed), indent=2) + "\n"
@@ -96,7 +104,9 @@ def submit_training(
     def arguments(folder: Path) -> list[str]:
         return ["train", str(folder / "config.yaml"), "--preflight", *["--trust"] * trust]
 
-    return _submit(_Work("train", config.run, arguments, fill), request, env_file, dry_run)
+    done = _submit(_Work("train", config.run, arguments, fill), request, env_file, dry_run)
+    # Not an error: the image of a container, say, may hold what this machine lacks.
+    return done._replace(warning=missing_backend(config.dtype, on_gpus) or "")
 
 
 def submit_tokenizing(
@@ -120,6 +130,8 @@ def submit_tokenizing(
     _check_cluster(request)
     if not request.after:
         Split.open(shards)
+    if (out.exists() and not out.is_dir()) or out.absolute() == Path(shards).absolute():
+        raise ValueError(f"{out} is a file, or the folder of the shards themselves; give another folder for OUT")
     if not (tokenizer / "image").is_dir():
         raise ValueError(f"{tokenizer} is no tokenizer folder, it has no image/; `uvlm tokenizer train` makes one")
     place = shards if "://" in shards else str(Path(shards).absolute())
@@ -133,6 +145,7 @@ def submit_tokenizing(
 
 def submit_evaluation(run: Path, shards: Path, request: Request, env_file: Path, *, dry_run: bool = False) -> Submitted:
     """Put `uvlm eval RUN --shards SHARDS` into the queue, usually after the training of RUN."""
+    from data_pipeline.split import Split
     from uvlm import run_folder
 
     _check_cluster(request)
@@ -140,6 +153,7 @@ def submit_evaluation(run: Path, shards: Path, request: Request, env_file: Path,
         run_folder.read_config(run)
     else:
         run_folder.model_folder(run)
+        Split.open(str(shards))
     command = ["eval", str(run.absolute()), f"--shards={shards.absolute()}"]
     return _submit(_Work("eval", run.absolute(), lambda folder: command), request, env_file, dry_run)
 
@@ -148,7 +162,13 @@ def submissions(home: Path) -> list[dict[str, Any]]:
     """job.json of all that was submitted for this folder, oldest first, each with its own `folder`."""
     files = [path for path in (home / "jobs").glob("*/job.json") if path.parent.name.isdecimal()]
     files.sort(key=lambda path: int(path.parent.name))
-    return [{**json.loads(path.read_text()), "folder": path.parent} for path in files]
+    found = []
+    for path in files:
+        try:
+            found.append({**json.loads(path.read_text()), "folder": path.parent})
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is damaged; remove its folder once `squeue --me` shows no job of it") from None
+    return found
 
 
 def measured_step_seconds(run: Path) -> float | None:
@@ -159,9 +179,15 @@ def measured_step_seconds(run: Path) -> float | None:
     return median(sum(values) for values in phases if values) if any(phases) else None
 
 
+def is_run_folder(home: Path) -> bool:
+    """Whether it is what `uvlm train` or `uvlm submit` makes, not just a folder with a config.yaml."""
+    return (home / "config.yaml").is_file() and (home / "environment.txt").is_file()
+
+
 def _check_cluster(request: Request) -> None:
     if request.time is not None:
         job_script.seconds(request.time)
+    slurm_commands.check_known(request.after)
     slurm_commands.check_request(request, slurm_commands.partitions())
 
 
@@ -192,6 +218,10 @@ def _check_not_queued(home: Path, after: Sequence[str]) -> None:
                 f"job {number} for {home} is {job.state.lower()}; wait for its end, `uvlm stop {home}`, or give "
                 f"--after {number}"
             )
+        if (home / "STOP").exists():
+            raise ValueError(
+                f"job {number} for {home} is being stopped; submit when it has ended (`uvlm status {home}`)"
+            )
 
 
 def _forget_stop(home: Path) -> None:
@@ -215,31 +245,61 @@ def _submit(work: _Work, request: Request, env_file: Path, dry_run: bool) -> Sub
     expected_start = slurm_commands.expected_start(script)
     if dry_run:
         return Submitted("", work.home, script, expected_start)
-    is_new = not work.home.exists()
     kept = [work.home / name for name in ("config.yaml", "deepspeed.json", "environment.txt", "STOP")]
     before = {path: path.read_bytes() for path in kept if path.is_file()}
+    is_new = not work.home.exists()
     folder.mkdir(parents=True)
+    job = ""
     try:
+        _check_alone(folder)
         (work.home / "logs").mkdir(exist_ok=True)
         (folder / "job.sbatch").write_text(script)
         shutil.copyfile(env_file, folder / "env.sh")
         snapshot(folder / "code")
         work.fill(folder)
-        job = slurm_commands.submit(folder / "job.sbatch")
+        with _uninterrupted():  # or there would be a job of which nobody has the number
+            job = slurm_commands.submit(folder / "job.sbatch")
+        entry = {
+            "job": job,
+            "kind": work.kind,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "request": request._asdict(),
+            "code": code_origin(),
+        }
+        replace_file(folder / "job.json", json.dumps(entry, indent=2) + "\n")
     except BaseException:
-        shutil.rmtree(work.home if is_new else folder, ignore_errors=True)
+        if job:
+            slurm_commands.cancel(job)
+        shutil.rmtree(folder)
+        for path in (work.home / "jobs", work.home / "logs"):
+            with contextlib.suppress(OSError):
+                path.rmdir()  # where it is empty
+        if is_new and not (work.home / "jobs").exists():
+            shutil.rmtree(work.home, ignore_errors=True)
         for path, text in before.items():
             path.write_bytes(text)
         raise
-    entry = {
-        "job": job,
-        "kind": work.kind,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "request": request._asdict(),
-        "code": code_origin(),
-    }
-    replace_file(folder / "job.json", json.dumps(entry, indent=2) + "\n")
     return Submitted(job, work.home, script, expected_start)
+
+
+def _check_alone(folder: Path) -> None:
+    """ValueError where another `uvlm submit` works at this moment on the same run. Its folder is made at once, and its
+    job.json comes last, so of two at most one goes on."""
+    for other in folder.parent.iterdir():
+        if other.name.isdecimal() and other != folder and not (other / "job.json").is_file():
+            raise ValueError(
+                f"another submission is being made in {other}; wait for it, or remove that folder if it was interrupted"
+            )
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C comes after this, to us and to the processes started inside."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def snapshot(folder: Path) -> None:
@@ -248,6 +308,7 @@ def snapshot(folder: Path) -> None:
         assert module.__file__ is not None
         package = Path(module.__file__).parent
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(folder, quiet=2)  # or a thousand ranks would do it at once, into one folder
 
 
 def code_origin() -> str:
