@@ -62,7 +62,7 @@ def uninterrupted(cluster: "Lab", config: Path, tmp_path_factory: pytest.TempPat
     from tests.slurm_lab import UGLY, said
 
     run = tmp_path_factory.mktemp("uninterrupted") / UGLY
-    words = ("optim.steps=800", "checkpoint.every=800", f"validation.prompts=[{json.dumps(UGLY)}]")
+    words = ("optim.steps=600", "checkpoint.every=600", f"validation.prompts=[{json.dumps(UGLY)}]")
     job = cluster.submit(config, f"run={json.dumps(str(run))}", *words, "--nodes=2", "--gpus-per-node=1")
     assert cluster.wait(job) == 0, said(run)
     return run

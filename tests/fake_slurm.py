@@ -16,6 +16,12 @@ from typing import Any
 
 from uvlm.job_script import Request, render
 
+# What a fake srun runs in order to be the task of rank 3, on the second node.
+ONE_TASK = (
+    "export SLURM_PROCID=3 SLURM_NODEID=1 SLURMD_NODENAME=n2 SLURM_CPUS_PER_TASK=4\n"
+    'while [[ $1 != bash ]]; do shift; done; "$@"'
+)
+
 REQUEST = Request(nodes=2, gpus_per_node=1, time="1:00:00")
 DEADLINE = 30  # seconds within which a machine under load gets anything done
 
@@ -39,6 +45,7 @@ class FakeSlurm:
         self.program("sinfo", _say(SINFO))
         self.program("squeue", "")
         self.program("scancel", "")
+        self.knows("42")
         self.sbatch()
 
     def program(self, name: str, body: str) -> None:
@@ -55,6 +62,11 @@ class FakeSlurm:
         no = _say(submit, error=True) + "; exit 1" if refuses else _say(submit)
         maybe = _say(test_only, error=True) + ("; exit 1" if refuses == "--test-only" else "")
         self.program("sbatch", f'if [[ $1 == --test-only ]]; then cat >"$state/script"; {maybe}; else {no}; fi')
+
+    def knows(self, *numbers: str) -> None:
+        """An scontrol that can show these jobs and no other."""
+        no = _say("slurm_load_jobs error: Invalid job id specified", error=True) + "; exit 1"
+        self.program("scontrol", f"case $3 in {'|'.join(numbers)}) ;; *) {no} ;; esac")
 
     def answer(self, name: str, lines: str) -> None:
         """Let a program print this."""
@@ -163,6 +175,12 @@ class Job:
     @property
     def was_requeued(self) -> bool:
         return ["requeue", "42"] in self.slurm.calls("scontrol")
+
+    @property
+    def outcomes(self) -> list[str]:
+        """What became of each attempt that has ended."""
+        lines = [line.split("\t") for line in (self.folder / "attempts").read_text().splitlines()]
+        return [words[2] for words in lines if words[0] == "end"]
 
     @property
     def num_starts(self) -> int:

@@ -9,12 +9,13 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fake_slurm import DEADLINE, REQUEST, Job, ended, wait_until
+from tests.fake_slurm import DEADLINE, ONE_TASK, REQUEST, Job, ended, wait_until
 
 HOSTILE = [
     "a  b",
@@ -52,10 +53,7 @@ def test_hostile_arguments_and_folders_reach_the_program_and_nothing_in_them_run
     )
     program.chmod(0o755)
     job = Job(tmp_path, home, command=[str(program), *HOSTILE])
-    job.ranks(
-        "export SLURM_PROCID=3 SLURM_NODEID=1 SLURMD_NODENAME=n2 SLURM_CPUS_PER_TASK=4\n"
-        'while [[ $1 != bash ]]; do shift; done; "$@"'
-    )
+    job.ranks(ONE_TASK)
     code, said = job.run(REPORT=str(report))
     assert code == 0, said
     assert report.read_text().split("\0")[:-1] == HOSTILE
@@ -127,7 +125,15 @@ def test_ranks_that_were_asked_to_stop_come_back(job: Job) -> None:
     assert code == 75
     assert job.was_requeued
     assert "stopped as it was asked to; saved so far: step 10" in said
-    assert "back to the queue, restart 1 of at most 50" in said
+    assert "back to the queue for attempt 1\n" in said
+    assert job.outcomes == ["stopped"]
+
+
+def test_a_rank_that_left_as_asked_makes_a_stop_of_what_srun_calls_a_failure(job: Job) -> None:
+    job.ranks('save 10; echo "srun: error: n2: task 1: Exited with exit code 75" >&2; exit 143')
+    code, said = job.run()
+    assert (code, job.was_requeued, job.outcomes) == (143, True, ["stopped"])
+    assert "stopped as it was asked to; saved so far: step 10" in said
 
 
 def test_a_job_that_finds_STOP_starts_nothing(job: Job) -> None:
@@ -144,6 +150,14 @@ def test_a_job_whose_ranks_obeyed_STOP_does_not_come_back(job: Job) -> None:
     assert f"{job.home}/STOP is there: the job ends here; uvlm submit goes on" in said
 
 
+def test_an_evaluation_runs_and_comes_back_though_STOP_is_left_from_the_training(tmp_path: Path) -> None:
+    job = Job(tmp_path, template="eval.sbatch.j2")
+    (job.home / "STOP").touch()
+    job.ranks("exit 1")
+    assert job.run()[0] == 1
+    assert (job.num_starts, job.was_requeued) == (1, True)
+
+
 def test_a_job_that_somebody_cancels_does_not_come_back(job: Job) -> None:
     os.mkfifo(job.slurm.state / "release")
     job.ranks('touch "$state/ready"; read -r code <"$state/release"; exit "$code"')
@@ -152,24 +166,41 @@ def test_a_job_that_somebody_cancels_does_not_come_back(job: Job) -> None:
     process.send_signal(signal.SIGTERM)
     (job.slurm.state / "release").write_text("143\n")
     code, said = ended(process)
-    assert (code, job.was_requeued) == (143, False)
+    assert (code, job.was_requeued, job.outcomes) == (143, False, ["ended"])
     assert "Slurm ended this attempt: cancelled, or sent back to the queue from outside" in said
 
 
 AFTER_USR2 = "trap 'kill $!; {}' USR2\nsleep 60 >&- 2>&- & touch \"$state/ready\"; wait $!"
 
 
-@pytest.mark.parametrize("ranks", ["save 10; exit 75", "save 10; exit 143", 'save 10; kill -TERM "$PPID"; exit 143'])
-def test_the_signal_before_the_time_limit_reaches_the_ranks_and_the_job_comes_back(job: Job, ranks: str) -> None:
+def near_the_limit(job: Job, ranks: str) -> tuple[int, str]:
+    """An attempt whose ranks do this when the signal before the time limit comes."""
     job.ranks(AFTER_USR2.format(ranks))
     process = job.start()
     wait_until((job.slurm.state / "ready").exists, process)
     process.send_signal(signal.SIGUSR2)
-    code, said = ended(process)
+    return ended(process)
+
+
+@pytest.mark.parametrize("ranks", ["save 10; exit 75", "save 10; exit 143"])
+def test_the_signal_before_the_time_limit_reaches_the_ranks_and_the_job_comes_back(job: Job, ranks: str) -> None:
+    code, said = near_the_limit(job, ranks)
     assert code != 0
     assert job.was_requeued
     assert "the time limit is near: the ranks save and leave\n" in said
     assert "stopped as it was asked to; saved so far: step 10" in said
+
+
+@pytest.mark.parametrize(("stop_before", "comes_back"), [(300, False), (1, True)])
+def test_a_job_that_is_ended_after_that_signal_comes_back_if_its_limit_was_reached(
+    tmp_path: Path, stop_before: int, comes_back: bool
+) -> None:
+    job = Job(tmp_path, request=REQUEST._replace(stop_before=stop_before))
+    code, said = near_the_limit(job, 'save 10; kill -TERM "$PPID"; exit 143')
+    assert code != 0
+    assert job.was_requeued == comes_back
+    assert job.outcomes == ["stopped" if comes_back else "ended"]
+    assert ("Slurm ended this attempt: cancelled, or sent back to the queue from outside; saved" in said) != comes_back
 
 
 def test_a_signal_that_comes_when_the_ranks_have_left_changes_nothing(job: Job) -> None:
@@ -194,7 +225,21 @@ def test_at_the_cap_of_restarts_the_job_ends_and_names_node_and_rank(tmp_path: P
     code, said = job.run(1)
     assert (code, job.was_requeued) == (7, False)
     assert "  node n2, rank 1,3-5: Exited with exit code 7\n" in said
-    assert "not again: this would be restart 2, and --max-restarts is 1" in said
+    assert "not again: this would be restart 2 after a failure, and --max-restarts is 1" in said
+
+
+ENDED_FROM_OUTSIDE = 'kill -TERM "$PPID"; exit 143'
+
+
+def test_only_failures_count_towards_the_cap_of_restarts(tmp_path: Path) -> None:
+    job = Job(tmp_path, request=REQUEST._replace(max_restarts=1))
+    for attempt, end in enumerate(["exit 75", ENDED_FROM_OUTSIDE, "exit 75", "exit 1"]):
+        job.ranks(f"save {attempt + 1}; {end}")
+        job.run(attempt)
+    assert job.outcomes == ["stopped", "ended", "stopped", "failed"]
+    assert job.slurm.calls("scontrol").count(["requeue", "42"]) == 3  # who is ended from outside does not ask
+    job.ranks("save 9; exit 1")
+    assert "not again: this would be restart 2 after a failure, and --max-restarts is 1" in job.run(4)[1]
 
 
 def test_a_node_that_failed_is_named(job: Job) -> None:
@@ -226,6 +271,16 @@ def test_ranks_that_save_nothing_twice_end_with_an_error_though_they_were_only_s
     assert job.run(1)[0] == 1
 
 
+def test_attempts_that_Slurm_ended_from_outside_are_none_without_a_new_step(job: Job) -> None:
+    job.ranks(ENDED_FROM_OUTSIDE)
+    for attempt in range(3):
+        job.run(attempt)
+    job.ranks("exit 1")
+    job.run(3)
+    assert (job.num_starts, job.was_requeued) == (4, True)
+    assert "not again: two attempts in a row have saved no step after step 0" in job.run(4)[1]
+
+
 def test_a_third_start_by_Slurm_itself_is_refused_too(job: Job) -> None:
     """Where nodes fail, the batch script dies with them and Slurm starts it again."""
     job.ranks('echo "srun: error: n1: task 0: Killed" >&2; kill -KILL "$PPID"')
@@ -245,7 +300,9 @@ def test_a_saved_step_between_gives_two_more_attempts(job: Job) -> None:
         job.run(attempt)
     assert job.slurm.calls("scontrol").count(["requeue", "42"]) == 3
     lines = [line.split("\t") for line in (job.folder / "attempts").read_text().splitlines()]
-    assert [line[:2] + line[3:] for line in lines] == [["0", "0", "n[1-2]"], ["1", "0", "n[1-2]"], ["2", "9", "n[1-2]"]]
+    begun = [line[1:3] + line[4:] for line in lines if line[0] == "begin"]
+    assert begun == [["0", "0", "n[1-2]"], ["1", "0", "n[1-2]"], ["2", "9", "n[1-2]"]]
+    assert [line[1:] for line in lines if line[0] == "end"] == [[str(attempt), "failed"] for attempt in range(3)]
 
 
 def test_a_checkpoint_that_was_never_completed_is_no_progress(job: Job) -> None:
@@ -260,12 +317,31 @@ def test_steps_with_leading_zeros_are_compared_as_numbers(job: Job) -> None:
     assert "saved so far: step 100" in job.run()[1]
 
 
-def test_a_job_that_Slurm_does_not_take_back_says_so(job: Job) -> None:
+def test_a_job_that_Slurm_does_not_take_back_says_so_after_some_time(job: Job) -> None:
+    job.slurm.program("sleep", "")
     job.slurm.program("scontrol", "[[ $1 != requeue ]]")
     job.ranks("save 10; exit 75")
     code, said = job.run()
     assert code == 75
-    assert "Slurm does not take it back; uvlm submit goes on" in said
+    assert "Slurm does not take the job back; uvlm submit goes on" in said
+    assert job.slurm.calls("scontrol").count(["requeue", "42"]) == 5
+    assert sum(int(seconds) for (seconds,) in job.slurm.calls("sleep")) >= 60
+
+
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(job: Job) -> None:
+    job.slurm.program("sleep", 'touch "$state/slept"')
+    job.slurm.program("scontrol", '[[ $1 != requeue || -e "$state/slept" ]]')
+    job.ranks("save 10; exit 75")
+    assert "back to the queue for attempt 1\n" in job.run()[1]
+    assert job.slurm.calls("scontrol").count(["requeue", "42"]) == 2
+
+
+def test_a_job_that_is_cancelled_while_it_asks_does_not_ask_again(job: Job) -> None:
+    job.slurm.program("sleep", 'kill -TERM "$PPID"')
+    job.slurm.program("scontrol", "[[ $1 != requeue ]]")
+    job.ranks("save 10; exit 75")
+    assert "uvlm: cancelled\n" in job.run()[1]
+    assert job.slurm.calls("scontrol").count(["requeue", "42"]) == 1
 
 
 def test_each_task_of_an_array_has_its_own_attempts_and_logs(tmp_path: Path) -> None:
@@ -273,8 +349,8 @@ def test_each_task_of_an_array_has_its_own_attempts_and_logs(tmp_path: Path) -> 
     job.ranks("exit 1")
     for attempt in range(3):  # no steps are known, so only the cap ends this
         job.run(attempt, SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="3")
-    assert job.slurm.calls("scontrol") == [["requeue", "42"]] * 3
-    assert len((job.folder / "attempts_3").read_text().splitlines()) == 3
+    assert job.slurm.calls("scontrol") == [["requeue", "41_3"]] * 3  # 42 may be the array's own number: all its tasks
+    assert (job.folder / "attempts_3").read_text().count("begin\t") == 3
     assert (job.home / "logs" / "job_41_3" / "attempt_2").is_dir()
 
 
@@ -293,3 +369,59 @@ def test_env_sh_may_read_variables_that_are_not_set(job: Job) -> None:
     (job.folder / "env.sh").write_text('export UVLM_LOCAL_DISK="$PWD/local disk$nothing"\n')
     assert job.run()[0] == 0
     assert job.slurm.variables("srun")["UVLM_CACHE"] == f"{job.here}/local disk/uvlm-42-0"
+
+
+def test_env_sh_may_use_the_names_of_the_scripts_own_variables(job: Job) -> None:
+    names = ("home", "folder", "job", "attempt", "attempts", "logs", "stop_file", "step", "cpus", "tasks_per_node")
+    lines = [f"{name}='{job.here}/elsewhere'" for name in names]
+    (job.folder / "env.sh").write_text("\n".join([*lines, "max_restarts=0", "stop_before=0", "command=(false)"]))
+    job.ranks("save 10; exit 1")
+    code, said = job.run()
+    assert (code, job.was_requeued, job.outcomes) == (1, True, ["failed"])
+    assert "back to the queue for attempt 1\n" in said
+    call = job.slurm.calls("srun")[0]
+    assert (call[-1], call[1:3]) == ("program", ["--ntasks-per-node=1", "--cpus-per-task=4"])
+    assert job.slurm.variables("srun")["PYTHONPATH"] == f"{job.folder}/code"
+
+
+def test_an_env_sh_that_fails_is_a_failed_attempt_and_the_job_comes_back(job: Job) -> None:
+    (job.folder / "env.sh").write_text("false\n")  # a module that one node lacks, say
+    code, said = job.run()
+    assert (code, job.num_starts, job.was_requeued, job.outcomes) == (1, 0, True, ["failed"])
+    assert "attempt 0 failed with exit code 1; saved so far: step 0" in said
+
+
+def test_a_start_at_which_Slurm_does_not_answer_is_a_failed_attempt_and_the_job_comes_back(job: Job) -> None:
+    job.slurm.program("scontrol", "[[ $1 == requeue ]]")
+    code, said = job.run()
+    assert (code, job.num_starts, job.was_requeued, job.outcomes) == (1, 0, True, ["failed"])
+    assert "back to the queue for attempt 1\n" in said
+
+
+def test_where_ranks_meet_can_be_set_in_env_sh(job: Job) -> None:
+    (job.folder / "env.sh").write_text("export MASTER_ADDR=127.0.0.9 MASTER_PORT=1234\n")
+    job.run()
+    given = job.slurm.variables("srun")
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("127.0.0.9", "1234")
+
+
+def test_folders_for_kernels_can_be_set_in_env_sh(tmp_path: Path) -> None:
+    names = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    job = Job(tmp_path, command=["printenv", *names])
+    (job.folder / "env.sh").write_text("".join(f"export {name}=/shared/{name}\n" for name in names))
+    job.ranks(ONE_TASK)
+    job.run()
+    (log,) = (job.home / "logs" / "job_42" / "attempt_0").glob("rank_*.log")
+    assert log.read_text().splitlines() == [f"/shared/{name}" for name in names]
+
+
+def test_the_code_is_that_of_the_job_and_not_of_the_folder_it_was_submitted_from(tmp_path: Path) -> None:
+    job = Job(tmp_path, command=[sys.executable, "-m", "uvlm"])
+    for folder in (job.here, job.folder / "code"):
+        (folder / "uvlm").mkdir(parents=True)
+        (folder / "uvlm" / "__init__.py").touch()
+        (folder / "uvlm" / "__main__.py").write_text("import uvlm\nprint(uvlm.__file__)\n")
+    job.ranks(ONE_TASK)
+    assert job.run()[0] == 0
+    (log,) = (job.home / "logs" / "job_42" / "attempt_0").glob("rank_*.log")
+    assert log.read_text() == f"{job.folder}/code/uvlm/__init__.py\n"

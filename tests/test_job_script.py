@@ -42,7 +42,8 @@ def test_bash_reads_each_value_as_it_was_given(command: list[str], image: str, f
     request = REQUEST._replace(container="pyxis", image=image)
     script = script_of(Path("/runs"), request=request, folder=Path("/runs/" + folder), command=command)
     values = script[: script.index("\nsay()")] + '\nprintf "%s\\0" "$folder" "$image" "${command[@]}"'
-    done = subprocess.run(["bash", "-c", values], capture_output=True, timeout=DEADLINE, check=True)
+    environment = {"SLURM_JOB_ID": "42"}
+    done = subprocess.run(["bash", "-c", values], env=environment, capture_output=True, timeout=DEADLINE, check=True)
     shown = done.stdout.decode().split("\0")[:-1]
     assert shown == [str(Path("/runs/" + folder)), image, *command]
     assert done.stderr == b""
@@ -90,6 +91,30 @@ def test_a_further_option_that_is_no_long_one_is_refused(option: str) -> None:
         script_of(Path("/runs/a"), request=REQUEST._replace(others=[option]))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--nodes=3",
+        "--ntasks=8",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        "--array=0-9",
+        "--time=1",
+        "--dependency=singleton",
+        "--output=/tmp/log",
+        "--open-mode=truncate",
+        "--signal=USR1",
+        "--requeue",
+        "--no-requeue",
+        "--wait",
+    ],
+)
+def test_a_further_option_that_is_not_the_users_to_set_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--sbatch={option} sets --[a-z-]+, which uvlm decides itself; leave it ou"):
+        script_of(Path("/runs/a"), request=REQUEST._replace(others=[option]))
+    script_of(Path("/runs/a"), request=REQUEST._replace(others=["--nodelist=n1", "--wait-all-nodes=1"]))
+
+
 @pytest.mark.parametrize(("folder", "container"), [("a,b", "apptainer"), ("a:b", "pyxis"), ("a,b", "pyxis")])
 def test_a_run_folder_that_splits_the_mounts_of_a_container_is_refused(folder: str, container: str) -> None:
     request = REQUEST._replace(container=container, image="i")  # type: ignore[arg-type]
@@ -114,13 +139,15 @@ def test_a_run_folder_that_splits_PYTHONPATH_is_refused() -> None:
         ("2-12:30", 217800),
         ("2-12:30:15", 217815),
         ("0", 0),
+        ("UNLIMITED", float("inf")),
+        ("infinite", float("inf")),
     ],
 )
-def test_every_notation_of_a_time_limit_is_understood(time: str, expected: int) -> None:
+def test_every_notation_of_a_time_limit_is_understood(time: str, expected: float) -> None:
     assert seconds(time) == expected
 
 
-@pytest.mark.parametrize("time", ["", "1h", "1:2:3:4", "1-", "-1", "1-2-3", "1:", "12:00 ", "1.5", "1\n", "UNLIMITED"])
+@pytest.mark.parametrize("time", ["", "1h", "1:2:3:4", "1-", "-1", "1-2-3", "1:", "12:00 ", "1.5", "1\n", "unlimited1"])
 def test_what_is_no_time_limit_is_refused(time: str) -> None:
     with pytest.raises(ValueError, match="is no time limit; write hours:minutes:seconds, such as 24:00:00"):
         seconds(time)

@@ -28,7 +28,7 @@ def run(tmp_path: Path, slurm: FakeSlurm) -> Path:
     run = tmp_path / "my run"
     submitted(run, 1, "42")
     (run / "config.yaml").touch()
-    (run / "jobs" / "001" / "attempts").write_text("0\t0\tnow\tn1\n1\t10\tnow\tn1\n")
+    (run / "jobs" / "001" / "attempts").write_text("begin\t0\t0\tnow\tn1\nend\t0\tstopped\nbegin\t1\t10\tnow\tn1\n")
     return run
 
 
@@ -41,21 +41,21 @@ def submitted(home: Path, number: int, job: str, kind: str = "train") -> None:
 def test_a_running_job_is_shown_with_its_nodes_time_and_restarts(run: Path, slurm: FakeSlurm) -> None:
     slurm.answer("squeue", RUNNING)
     assert status(run) == [
-        "train      job 42 RUNNING on n[1-2], 59:01 left; restarts 1, at most 50",
+        "train      job 42 RUNNING on n[1-2], 59:01 left; restarts: 1",
         "checkpoint none yet",
     ]
 
 
 def test_a_waiting_job_is_shown_with_its_reason_and_expected_start(run: Path, slurm: FakeSlurm) -> None:
     slurm.answer("squeue", PENDING)
-    line = "train      job 42 PENDING (Priority), expected to start at 2030-01-02T03:04:05; restarts 1, at most 50"
+    line = "train      job 42 PENDING (Priority), expected to start at 2030-01-02T03:04:05; restarts: 1"
     assert status(run)[0] == line
     slurm.answer("squeue", "42|42|PENDING|Dependency||1:00:00|N/A")
-    assert status(run)[0] == "train      job 42 PENDING (Dependency); restarts 1, at most 50"
+    assert status(run)[0] == "train      job 42 PENDING (Dependency); restarts: 1"
 
 
 def test_a_job_that_has_left_the_queue_is_shown_as_that(run: Path) -> None:
-    assert status(run)[0] == "train      job 42, not in the queue any more; restarts 1, at most 50"
+    assert status(run)[0] == "train      job 42, not in the queue any more; restarts: 1"
 
 
 def test_of_several_submissions_those_in_the_queue_and_the_last_are_shown(run: Path, slurm: FakeSlurm) -> None:
@@ -69,11 +69,11 @@ def test_of_several_submissions_those_in_the_queue_and_the_last_are_shown(run: P
 def test_the_restarts_of_all_tasks_of_an_array_are_added(tmp_path: Path, slurm: FakeSlurm) -> None:
     home = tmp_path / "out.jobs"
     submitted(home, 1, "42", "tokenize")
-    (home / "jobs" / "001" / "attempts_0").write_text("0\n1\n2\n")
-    (home / "jobs" / "001" / "attempts_1").write_text("0\n")
-    (home / "jobs" / "001" / "attempts_2").write_text("0\n1\n")
+    for task, num_attempts in enumerate([3, 1, 2]):
+        lines = [f"begin\t{n}\tunknown\tnow\tn1\nend\t{n}\tfailed\n" for n in range(num_attempts)]
+        (home / "jobs" / "001" / f"attempts_{task}").write_text("".join(lines))
     slurm.answer("squeue", "44|42|RUNNING|None|n1|1:00|N/A")
-    assert status(home) == ["tokenize   job 42 RUNNING on n1, 1:00 left; restarts 3, at most 50"]
+    assert status(home) == ["tokenize   job 42 RUNNING on n1, 1:00 left; restarts: 3"]
 
 
 def test_steps_checkpoints_events_and_the_last_words_of_the_job_are_shown(run: Path, slurm: FakeSlurm) -> None:
@@ -105,10 +105,35 @@ def test_steps_checkpoints_events_and_the_last_words_of_the_job_are_shown(run: P
     ]
 
 
+def test_a_job_that_can_never_start_is_shown_with_the_remedy(run: Path, slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", "42|42|PENDING|DependencyNeverSatisfied||1:00:00|N/A")
+    line = "train      job 42 will never start, as a job of --after failed or was stopped; `uvlm stop` it"
+    assert status(run)[0] == line
+
+
+def test_the_reason_that_a_rank_of_the_last_attempt_gave_is_shown(run: Path, slurm: FakeSlurm) -> None:
+    for attempt in (2, 9, 10):
+        folder = run / "logs" / "job_42" / f"attempt_{attempt}"
+        folder.mkdir(parents=True)
+        (folder / "rank_0000_n1.log").write_text("step 1\n")
+        (folder / "rank_0001_n2.log").write_text(f"error: first\nerror: of attempt {attempt}\nnoise\n")
+    (run / "logs" / "job_42.log").write_text("uvlm: failed\n")
+    assert status(run)[-2:] == ["           failed", "           rank_0001_n2.log: error: of attempt 10"]
+
+
+def test_a_damaged_record_of_a_submission_is_named(run: Path, slurm: FakeSlurm) -> None:
+    record = run / "jobs" / "001" / "job.json"
+    for damaged in ("", '{"job": "4', "[1]"):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match=r"/jobs/001/job\.json is damaged; remove its folder once `squeue"):
+            status(run)
+
+
 def test_a_folder_for_which_nothing_was_submitted_is_refused(tmp_path: Path, slurm: FakeSlurm) -> None:
     with pytest.raises(ValueError, match=r"^nothing was submitted for .*; `uvlm submit` does that$"):
         status(tmp_path)
-    with pytest.raises(ValueError, match=r"is no run folder \(it has no config\.yaml\)"):
+    (tmp_path / "config.yaml").touch()  # of something else
+    with pytest.raises(ValueError, match=r"is no run folder; give the folder that `uvlm train` or `uvlm submit` print"):
         stop(tmp_path)
     assert not (tmp_path / "STOP").exists()
 
@@ -130,9 +155,18 @@ def test_a_waiting_job_is_cancelled_and_a_running_one_on_demand(
     assert (run / "STOP").exists()  # for a job that goes back to the queue in this moment
 
 
-def test_STOP_is_there_before_Slurm_is_asked_to_cancel(run: Path, slurm: FakeSlurm) -> None:
-    slurm.answer("squeue", PENDING)
-    slurm.program("scancel", f"test -e '{run}/STOP' && touch \"$state/was_there\"")
+@pytest.mark.parametrize("kind", ["eval", "tokenize"])
+def test_running_work_that_has_nothing_to_save_is_cancelled_beside_a_training_that_saves(
+    run: Path, slurm: FakeSlurm, kind: str
+) -> None:
+    submitted(run, 2, "43", kind)
+    slurm.answer("squeue", f"{RUNNING}\n43|43|RUNNING|None|n1|1:00|N/A")
+    assert stop(run)[1:] == ["job 43 was running and is cancelled"]
+    assert slurm.calls("scancel") == [["43"]]
+
+
+def test_STOP_is_there_before_Slurm_is_asked_what_runs(run: Path, slurm: FakeSlurm) -> None:
+    slurm.program("squeue", f"test -e '{run}/STOP' && touch \"$state/was_there\"")
     stop(run)
     assert (slurm.state / "was_there").exists()
 
@@ -142,6 +176,7 @@ def test_a_training_outside_of_Slurm_is_stopped_by_the_file_alone(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no squeue here
     (tmp_path / "config.yaml").touch()
+    (tmp_path / "environment.txt").touch()
     assert stop(tmp_path) == [
         f"no job of {tmp_path} waits or runs; what was started otherwise finds {tmp_path / 'STOP'} and saves, then ends"
     ]

@@ -13,6 +13,7 @@ from uvlm.job_script import Request
 from uvlm.slurm_commands import (
     Partition,
     cancel,
+    check_known,
     check_request,
     env_options,
     expected_start,
@@ -192,7 +193,10 @@ def test_a_machine_without_Slurm_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_command_that_fails_is_quoted(slurm: FakeSlurm) -> None:
     said = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     slurm.program("squeue", f'echo "{said}" >&2; exit 1')
-    with pytest.raises(ValueError, match=r"^slurm_load_jobs error: Unable to contact slurm controller \(connect fail"):
+    with pytest.raises(ValueError, match=r"^squeue fails: slurm_load_jobs error: Unable to contact .*; its contr"):
+        jobs(["1"])
+    slurm.program("squeue", "exit 1")
+    with pytest.raises(ValueError, match=r"^squeue fails: no reason; is this where the cluster is used from\?$"):
         jobs(["1"])
 
 
@@ -202,6 +206,7 @@ def test_variables_that_would_change_the_request_do_not_reach_Slurm(
     foreign = ["SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONFIG", "SQUEUE_STATES"]
     foreign += ["SINFO_PARTITION", "SCANCEL_INTERACTIVE"]
     foreign += ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"]
+    foreign += ["TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"]
     kept = ["SLURM_CONF", "HF_HOME", "MY_RANK", "NCCL_DEBUG"]
     for name in [*foreign, *kept]:
         monkeypatch.setenv(name, "7")
@@ -233,6 +238,27 @@ def test_jobs_are_found_by_their_number_or_that_of_their_array(slurm: FakeSlurm)
 def test_nothing_is_asked_for_no_jobs(slurm: FakeSlurm) -> None:
     assert jobs([]) == {}
     assert slurm.calls("squeue") == []
+
+
+# -- jobs to wait for
+
+
+def test_a_job_that_Slurm_knows_can_be_waited_for(slurm: FakeSlurm) -> None:
+    slurm.knows("7", "42")
+    check_known(["7", "42"])
+    assert slurm.calls("scontrol") == [["show", "job", "7"], ["show", "job", "42"]]
+
+
+def test_a_job_that_Slurm_does_not_know_is_refused(slurm: FakeSlurm) -> None:
+    with pytest.raises(ValueError, match=r"^--after 43: Slurm knows no such job; give the number that `uvlm submit` "):
+        check_known(["42", "43"])
+
+
+@pytest.mark.parametrize("number", ["", "42_1", "42:43", "42,43", "afterany:42", "42?afterany:7", "-1", "4 2", "+42"])
+def test_what_is_no_number_of_a_job_is_refused_without_asking(slurm: FakeSlurm, number: str) -> None:
+    with pytest.raises(ValueError, match=r"is no number of a job; give one, and --after again for another$"):
+        check_known([number])
+    assert slurm.calls("scontrol") == []
 
 
 # -- env.sh
@@ -285,6 +311,13 @@ def test_the_last_words_of_an_env_sh_that_fails_are_shown(env_file: Path) -> Non
         env_options(env_file)
     env_file.write_text("exit 3")
     with pytest.raises(ValueError, match=r"fails here \(without a word\)"):
+        env_options(env_file)
+
+
+@pytest.mark.parametrize("text", ["exit", "echo loading; exit 0\nexport SBATCH_QOS=high\n"])
+def test_an_env_sh_that_would_end_the_job_is_refused(env_file: Path, text: str) -> None:
+    env_file.write_text(text)
+    with pytest.raises(ValueError, match=r"my env\.sh ends the shell that reads it \(`exit`\?\), .*; remove that$"):
         env_options(env_file)
 
 

@@ -1,12 +1,12 @@
-"""Submitting: what cannot work is refused and leaves nothing behind; what is taken lies complete in its folder.
+"""Submitting: what is taken lies complete in its folder; a dry run makes nothing; the command says what it did.
 
-Slurm's commands are fake, the corpus and the checks are real.
+Slurm's commands are fake, the corpus and the checks are real. What is refused is in test_refused_submissions.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -19,65 +19,14 @@ import yaml
 from typer.testing import CliRunner
 
 import uvlm
-from tests.corpus import write_corpus
 from tests.fake_slurm import FakeSlurm
+from tests.submitting import REQUEST, content, corpus, env_file, run, slurm, submit
 from uvlm.cli_slurm import app
 from uvlm.config import load_config
 from uvlm.job_script import Request
-from uvlm.submit import (
-    Submitted,
-    code_origin,
-    measured_step_seconds,
-    submissions,
-    submit_evaluation,
-    submit_tokenizing,
-    submit_training,
-)
+from uvlm.submit import Submission, Submitted, code_origin, submissions, submit_evaluation, submit_tokenizing
 
-REQUEST = Request(nodes=2, gpus_per_node=2, time="1:00:00", partition="gpu")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config of a small corpus."""
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
-    return fake
-
-
-@pytest.fixture
-def env_file(tmp_path: Path) -> Path:
-    path = tmp_path / "my env.sh"
-    path.write_text("export NCCL_DEBUG=WARN\n")
-    return path
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Where no run is yet."""
-    return tmp_path / "runs" / "it's my run"
-
-
-@pytest.fixture
-def submit(corpus: Path, run: Path, env_file: Path, slurm: FakeSlurm) -> Callable[..., Submitted]:
-    """Submit the corpus' training into `run`."""
-
-    def call(*overrides: str, config: Path = corpus, request: Request = REQUEST, **options: object) -> Submitted:
-        words = [f"run={json.dumps(str(run))}", *overrides] if config == corpus else overrides
-        return submit_training(config, words, request, env_file, **options)  # type: ignore[arg-type]
-
-    return call
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Every file below, without the code."""
-    files = (path for path in folder.rglob("*") if path.is_file() and "code" not in path.relative_to(folder).parts)
-    return {str(path.relative_to(folder)): path.read_text() for path in files}
+__all__ = ["corpus", "env_file", "run", "slurm", "submit"]  # fixtures
 
 
 def test_a_submission_has_all_that_its_job_needs(
@@ -104,13 +53,14 @@ def test_a_submission_has_all_that_its_job_needs(
     assert (config.run, config.optim.steps, config.deepspeed) == (run, 30, folder / "deepspeed.json")
     assert load_config(run / "config.yaml") == config
     assert "torch==" in (run / "environment.txt").read_text()
-    (entry,) = submissions(run)
-    assert (entry["job"], entry["kind"], entry["folder"], entry["code"]) == ("42", "train", folder, code_origin())
+    assert submissions(run) == [Submission("42", "train", folder)]
+    entry = json.loads((folder / "job.json").read_text())
+    assert entry["code"] == code_origin()
     assert entry["request"] == {**REQUEST._asdict(), "after": [], "others": []}
     assert (run / "logs").is_dir()  # Slurm does not make the folder of --output
 
 
-def test_the_job_runs_the_code_as_it_was_submitted(
+def test_the_job_runs_the_code_as_it_was_submitted_and_need_not_compile_it(
     submit: Callable[..., Submitted], run: Path, repository: Path
 ) -> None:
     submit()
@@ -118,7 +68,7 @@ def test_the_job_runs_the_code_as_it_was_submitted(
     for package in ("uvlm", "data_pipeline"):
         wanted = {path.relative_to(repository) for path in (repository / package).rglob("*.py")}
         assert {path.relative_to(code) for path in (code / package).rglob("*.py")} == wanted
-    assert not list(code.rglob("__pycache__"))
+    assert all(Path(importlib.util.cache_from_source(str(path))).is_file() for path in code.rglob("*.py"))
     assert (code / "uvlm" / "configs" / "demo.yaml").is_file()
 
 
@@ -131,11 +81,11 @@ def test_the_code_is_named_by_its_version_and_in_a_clone_by_its_commit(repositor
 
 def test_each_rank_is_the_python_that_submitted_unless_it_is_in_an_image(submit: Callable[..., Submitted]) -> None:
     bare = submit("optim.steps=30", dry_run=True).script
-    assert f"command=(\n  {sys.executable}\n  -m\n  uvlm\n  train\n" in bare
-    assert "  --preflight\n)" in bare
+    assert f"command=(\n    {sys.executable}\n    -m\n    uvlm\n    train\n" in bare
+    assert "    --preflight\n  )" in bare
     image = REQUEST._replace(container="apptainer", image="my.sif")
-    assert "command=(\n  python\n  -m\n" in submit(request=image, dry_run=True).script
-    assert "  --preflight\n  --trust\n)" in submit(trust=True, dry_run=True).script
+    assert "command=(\n    python\n    -m\n" in submit(request=image, dry_run=True).script
+    assert "    --preflight\n    --trust\n  )" in submit(trust=True, dry_run=True).script
 
 
 def test_a_dry_run_asks_Slurm_and_makes_nothing(submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm) -> None:
@@ -157,7 +107,7 @@ def test_a_run_folder_goes_on_with_its_own_DeepSpeed_JSON_on_another_number_of_r
     slurm.sbatch(submit="43")
     done = submit("optim.steps=40", config=run, request=REQUEST._replace(nodes=1))
     assert (done.job, done.home) == ("43", run)
-    assert [entry["job"] for entry in submissions(run)] == ["42", "43"]
+    assert [entry.job for entry in submissions(run)] == ["42", "43"]
     again = run / "jobs" / "002"
     assert json.loads((again / "deepspeed.json").read_text())["zero_optimization"]["reduce_bucket_size"] == 12345
     config = load_config(again / "config.yaml")
@@ -174,116 +124,6 @@ def test_a_run_folder_that_was_moved_goes_on_where_it_is(submit: Callable[..., S
     assert submitted["run"] == str(moved)
     assert submitted["deepspeed"] == str(moved / "jobs" / "002" / "deepspeed.json")
     assert not run.exists()
-
-
-@pytest.mark.parametrize("stage", ["--test-only", "submit"])
-def test_a_refused_submission_leaves_no_new_folder(
-    submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm, stage: str
-) -> None:
-    words = "sbatch: error: Batch job submission failed: Invalid qos specification"
-    slurm.sbatch(words, words, refuses=stage)
-    with pytest.raises(ValueError, match=r"Slurm refuses the job: .*Invalid qos specification; give --qos"):
-        submit()
-    assert not run.exists()
-
-
-@pytest.mark.parametrize("stage", ["--test-only", "submit"])
-def test_a_refused_submission_leaves_a_run_as_it_was(
-    submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm, stage: str
-) -> None:
-    submit()
-    (run / "STOP").touch()
-    before = content(run)
-    words = "sbatch: error: Batch job submission failed: Invalid qos specification"
-    slurm.sbatch(words, words, refuses=stage)
-    with pytest.raises(ValueError, match="Slurm refuses the job"):
-        submit("optim.steps=99", config=run)
-    assert content(run) == before
-    assert not (run / "jobs" / "002").exists()
-
-
-def test_a_run_whose_job_waits_or_runs_is_refused_unless_this_one_comes_after_it(
-    submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm
-) -> None:
-    submit()
-    slurm.answer("squeue", "42|42|PENDING|Priority||1:00:00|N/A\n1|1|RUNNING|None|n1|1:00|N/A")
-    with pytest.raises(ValueError, match=r"^job 42 for .* is pending; wait for its end, .*, or give --after 42$"):
-        submit(config=run)
-    slurm.sbatch(submit="43")
-    assert submit(config=run, request=REQUEST._replace(after=["42"])).job == "43"
-    assert "#SBATCH --dependency=afterok:42\n" in (run / "jobs" / "002" / "job.sbatch").read_text()
-
-
-# -- refused before Slurm is asked to take it
-
-
-@pytest.mark.parametrize(
-    ("request_", "sentence"),
-    [
-        (REQUEST._replace(partition="nope"), "there is no partition 'nope' here; give --partition one of cpu, gpu"),
-        (REQUEST._replace(gpus_per_node=9), "--gpus-per-node 9 is more than a node of partition gpu has"),
-        (REQUEST._replace(nodes=7), "--nodes 7 is more than partition gpu has: 6"),
-        (REQUEST._replace(time="soon"), "--time soon is no time limit"),
-        (REQUEST._replace(time="2-0"), "is above the limit of partition gpu, 24 hours"),
-        (REQUEST._replace(time="5:00"), "leaves nothing to train in: its last 300 s are for saving, raise --time or"),
-        (REQUEST._replace(nodes=3, gpus_per_node=1), "data.num_rows=4 does not divide over 3 ranks; start 1 or 2 or 4"),
-        (REQUEST._replace(nodes=4), "data.num_rows=4 does not divide over 8 ranks"),
-    ],
-)
-def test_a_request_that_cannot_work_is_refused_before_the_queue(
-    submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm, request_: Request, sentence: str
-) -> None:
-    with pytest.raises(ValueError, match=r"[;:,]") as refusal:
-        submit(request=request_)
-    assert sentence in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    assert slurm.calls("sbatch") == []
-    assert not run.exists()
-
-
-def test_a_run_folder_that_a_batch_script_cannot_name_is_refused(
-    submit: Callable[..., Submitted], tmp_path: Path, slurm: FakeSlurm
-) -> None:
-    for name in ("a\nb", "back\\slash", "10:30"):
-        with pytest.raises(ValueError, match=r"holds .*; leave it out|holds .*; rename the folder"):
-            submit(f"run={json.dumps(str(tmp_path / 'hostile' / name))}")
-    assert not (tmp_path / "hostile").exists()
-    assert slurm.calls("sbatch") == []
-
-
-def test_a_time_limit_below_a_checkpoint_interval_is_refused_with_one_that_fits(
-    submit: Callable[..., Submitted], run: Path
-) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint\.every=10 steps of 400 s take 4,000 s: .*checkpoint\.every=4$"):
-        submit(step_seconds=400.0)
-    submit("checkpoint.every=4", step_seconds=400.0, dry_run=True)
-    run.mkdir(parents=True)
-    seconds = [1.0, 400.0, 2.0]
-    lines = [{"step": n, "time/forward": 0.75 * s, "time/step": 0.25 * s} for n, s in enumerate(seconds)]
-    lines.append({"step": 4, "loss/mean": 1.0})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measured_step_seconds(run) == 2.0
-    with pytest.raises(ValueError, match=r"checkpoint\.every=2000 steps of 2 s take 4,000 s"):
-        submit("checkpoint.every=2000")
-    submit("checkpoint.every=2000", step_seconds=1.0, dry_run=True)  # what was said wins over what was measured
-    submit("checkpoint.every=2000", request=REQUEST._replace(time=None), dry_run=True)
-
-
-def test_a_run_without_records_has_no_measured_steps(tmp_path: Path) -> None:
-    assert measured_step_seconds(tmp_path) is None
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/mean": 2.0}\n')
-    assert measured_step_seconds(tmp_path) is None
-
-
-def test_data_that_cannot_be_read_is_refused_unless_a_job_before_makes_it(
-    submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm
-) -> None:
-    missing = "data.train=[{path: /nowhere/shards}]"
-    with pytest.raises(OSError, match=r"/nowhere/shards has no manifest\.json"):
-        submit(missing)
-    assert not run.exists()
-    assert slurm.calls("sbatch") == []
-    assert submit(missing, request=REQUEST._replace(after=["41"])).job == "42"
 
 
 # -- tokenizing and evaluation
@@ -305,25 +145,10 @@ def test_tokenizing_is_a_job_array_with_its_folder_beside_the_shards(
     assert (home / "jobs" / "001" / "code" / "uvlm" / "cli.py").is_file()
     assert "#SBATCH --array=0-3\n" in done.script
     command = ["data", "tokenize", f"'{tmp_path}/raw shards'", f"{tmp_path}/out", f"--tokenizer={tokenizer}"]
-    assert "\n".join(f"  {word}" for word in [*command, "--drop-images"]) in done.script
+    assert "\n".join(f"    {word}" for word in [*command, "--drop-images"]) in done.script
     slurm.answer("squeue", "44|42|RUNNING|None|n1|1:00|N/A")
     with pytest.raises(ValueError, match=r"^job 42 for .*out\.jobs is running; wait"):
         submit_tokenizing("raw shards", Path("out"), tokenizer, [], 4, request, env_file)
-
-
-def test_tokenizing_what_is_not_there_is_refused_unless_a_job_before_makes_it(
-    corpus: Path, tmp_path: Path, env_file: Path, slurm: FakeSlurm
-) -> None:
-    request, out = Request(nodes=1, gpus_per_node=0, partition="cpu"), tmp_path / "out"
-    tokenizer, missing = corpus.parent / "tokenizer", str(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="nowhere has no manifest"):
-        submit_tokenizing(missing, out, tokenizer, [], 2, request, env_file)
-    with pytest.raises(ValueError, match=r"is no tokenizer folder, it has no image/; `uvlm tokenizer train` makes one"):
-        submit_tokenizing(str(corpus.parent / "generate"), out, tmp_path, [], 2, request, env_file)
-    assert list(tmp_path.glob("out*")) == []
-    after = request._replace(after=["7"])
-    assert submit_tokenizing("s3://bucket/raw", out, tokenizer, [], 2, after, env_file, dry_run=True).job == ""
-    assert submit_tokenizing(missing, out, tokenizer, [], 2, after, env_file).job == "42"
 
 
 def test_an_evaluation_needs_a_model_or_the_training_before_it(
@@ -335,11 +160,15 @@ def test_an_evaluation_needs_a_model_or_the_training_before_it(
         submit_evaluation(run, shards, request, env_file)
     with pytest.raises(ValueError, match="is no run folder"):
         submit_evaluation(run.parent, shards, request._replace(after=["42"]), env_file)
+    (run / "model").mkdir()
+    with pytest.raises(OSError, match=r"/nowhere has no manifest\.json"):
+        submit_evaluation(run, Path("/nowhere"), request, env_file)
+    submit_evaluation(run, shards, request, env_file, dry_run=True)
     slurm.answer("squeue", "42|42|RUNNING|None|n1|1:00|N/A")
     slurm.sbatch(submit="43")
     done = submit_evaluation(run, shards, request._replace(after=["42"]), env_file)
-    assert f"  eval\n  {shlex.quote(str(run))}\n  --shards={shards}\n)" in done.script
-    assert [entry["kind"] for entry in submissions(run)] == ["train", "eval"]
+    assert f"    eval\n    {shlex.quote(str(run))}\n    --shards={shards}\n  )" in done.script
+    assert [entry.kind for entry in submissions(run)] == ["train", "eval"]
     slurm.answer("squeue", "43|43|PENDING|Dependency||1:00|N/A")
     submit(config=run, dry_run=True)  # an evaluation that waits is no reason not to go on
 
@@ -382,3 +211,17 @@ def test_the_command_says_what_it_did_and_what_to_watch_in_lines_that_can_be_pas
 def test_two_containers_at_once_are_refused(corpus: Path, run: Path, slurm: FakeSlurm) -> None:
     with pytest.raises(ValueError, match="--apptainer and --pyxis are two ways into an image; give one of them"):
         CliRunner().invoke(app, command(corpus, run, "--apptainer=a", "--pyxis=b"), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2])
+def test_a_kernel_that_is_not_installed_here_is_a_warning_for_a_job_on_GPUs(
+    corpus: Path, run: Path, env_file: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, num_gpus: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    words = command(corpus, run, f"--env={env_file}", f"--gpus-per-node={num_gpus}")
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "job 42 is in the queue" in done.stdout
+    warned = [
+        "warning: attention on a GPU needs flash-attn, which is not installed; install it: pip install 'uvlm[gpu]'"
+    ]
+    assert done.stderr.splitlines() == warned * (num_gpus > 0)

@@ -45,12 +45,13 @@ def check(config: Config, world_size: int, data_is_there: bool = True, on_gpus: 
             f"start {' or '.join(ranks)} ranks, or set data.num_rows={above}"
         )
     tree = resolve(read_deepspeed_json(config.deepspeed), config, world_size)
+    is_here = on_gpus is None
     on_gpus = torch.cuda.is_available() if on_gpus is None else on_gpus
     if not on_gpus and (sentence := compiler_missing()):
         raise ValueError(sentence)
     if config.dtype == "fp16" and not on_gpus:
         raise ValueError("DeepSpeed trains with dtype=fp16 on GPUs only; use dtype=bf16")
-    if sentence := missing_backend(config.dtype):
+    if is_here and (sentence := missing_backend(config.dtype)):
         raise ValueError(sentence)
     rows_a_rank = config.data.num_rows // world_size
     if config.data.num_workers and rows_a_rank % config.data.num_workers:

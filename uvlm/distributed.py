@@ -216,6 +216,18 @@ def _shown(*names: str) -> str:
     return ", ".join(f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set" for name in names)
 
 
+def listed(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order as a reader wants them: "ranks 0, 2-7"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
 def prepare_environment() -> None:
     """Set what must be set before torch is imported; what the user has set stays."""
     # By default OpenMP threads spin while they wait. Beside any other busy process that is ruinous: two threads on two

@@ -132,7 +132,15 @@ def _options(request: Request, name: str, home: Path, array: int | None) -> list
         "signal": f"B:USR2@{request.stop_before}",
     }
     for line in request.others:
-        if (key := line.removeprefix("--").partition("=")[0]) in {*options, "requeue", "no-requeue", "ntasks", "wait"}:
+        if (key := line.removeprefix("--").partition("=")[0]) in {
+            *options,
+            "export",
+            "gpus",
+            "no-requeue",
+            "ntasks",
+            "requeue",
+            "wait",
+        }:
             raise ValueError(f"--sbatch={line} sets --{key}, which uvlm decides itself; leave it out")
     lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
     return [*lines, "--requeue", *request.others]

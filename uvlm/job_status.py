@@ -7,11 +7,10 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from uvlm import slurm_commands
 from uvlm.slurm_commands import Job
-from uvlm.submit import is_run_folder, submissions
+from uvlm.submit import Submission, is_run_folder, submissions
 
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
 
@@ -19,14 +18,12 @@ _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
 def status(home: Path) -> list[str]:
     """Lines that say where the run stands: jobs, steps, checkpoints, what happened last, where to look."""
     known = _known(home)
-    queued = slurm_commands.jobs([entry["job"] for entry in known])
+    queued = slurm_commands.jobs([entry.job for entry in known])
     lines = [
-        f"{entry['kind']:<10} {_state(entry, queued)}"
-        for entry in known
-        if entry["job"] in queued or entry is known[-1]
+        f"{entry.kind:<10} {_state(entry, queued)}" for entry in known if entry.job in queued or entry is known[-1]
     ]
     lines += [f"{name:<10} {value}" for name, value in _training(home)]
-    number = known[-1]["job"]
+    number = known[-1].job
     for log in sorted((home / "logs").glob(f"job_{number}.log")) or sorted((home / "logs").glob(f"job_{number}_*.log")):
         said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("uvlm: ")]
         lines += [f"{'job log':<10} {log}", *(f"{'':<10} {line[6:]}" for line in said[-3:])]
@@ -44,42 +41,42 @@ def stop(home: Path, now: bool = False) -> list[str]:
         raise ValueError(f"{home} is no run folder; give the folder that `uvlm train` or `uvlm submit` printed")
     # The file comes first: a job that goes back to the queue in this moment finds it when it starts.
     (home / "STOP").touch()
-    queued = slurm_commands.jobs([entry["job"] for entry in known]) if known else {}
+    queued = slurm_commands.jobs([entry.job for entry in known]) if known else {}
     if not queued:
         stop_file = home / "STOP"
         return [f"no job of {home} waits or runs; what was started otherwise finds {stop_file} and saves, then ends"]
     said = []
     for entry in known:
-        if (job := queued.get(entry["job"])) is None:
+        if (job := queued.get(entry.job)) is None:
             continue
-        if entry["kind"] == "train" and job.state in _RUNNING and not now:
-            said.append(f"job {entry['job']} saves after its current step and ends; `uvlm status {home}` shows it")
+        if entry.kind == "train" and job.state in _RUNNING and not now:
+            said.append(f"job {entry.job} saves after its current step and ends; `uvlm status {home}` shows it")
         else:
-            slurm_commands.cancel(entry["job"])
-            said.append(f"job {entry['job']} was {job.state.lower()} and is cancelled")
+            slurm_commands.cancel(entry.job)
+            said.append(f"job {entry.job} was {job.state.lower()} and is cancelled")
     return said
 
 
-def _known(home: Path) -> list[dict[str, Any]]:
+def _known(home: Path) -> list[Submission]:
     known = submissions(home)
     if not known:
         raise ValueError(f"nothing was submitted for {home} (it has no jobs/*/job.json); `uvlm submit` does that")
     return known
 
 
-def _state(entry: dict[str, Any], queued: dict[str, Job]) -> str:
-    job = queued.get(entry["job"])
-    attempts = [path.read_text() for path in entry["folder"].glob("attempts*")]
+def _state(entry: Submission, queued: dict[str, Job]) -> str:
+    job = queued.get(entry.job)
+    attempts = [path.read_text() for path in entry.folder.glob("attempts*")]
     restarts = sum(max(0, text.count("begin\t") - 1) for text in attempts)
     limit = f"restarts: {restarts}"
     if job is None:
-        return f"job {entry['job']}, not in the queue any more; {limit}"
+        return f"job {entry.job}, not in the queue any more; {limit}"
     if job.state in _RUNNING:
-        return f"job {entry['job']} {job.state} on {job.nodes}, {job.left} left; {limit}"
+        return f"job {entry.job} {job.state} on {job.nodes}, {job.left} left; {limit}"
     if job.reason == "DependencyNeverSatisfied":
-        return f"job {entry['job']} will never start, as a job of --after failed or was stopped; `uvlm stop` it"
+        return f"job {entry.job} will never start, as a job of --after failed or was stopped; `uvlm stop` it"
     expected = f", expected to start at {job.start}" if job.start not in ("N/A", "") else ""
-    return f"job {entry['job']} {job.state} ({job.reason}){expected}; {limit}"
+    return f"job {entry.job} {job.state} ({job.reason}){expected}; {limit}"
 
 
 def _errors(log: Path) -> list[str]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from statistics import median_high, median_low
 from typing import NamedTuple
 
+from uvlm.distributed import listed
+
 CLOCK_SECONDS = 1.0  # apart; beyond it the times of logs and files of different nodes cannot be compared
 KERNEL_BYTES = 512e6  # of the disk of compiled kernels
 # DeepSpeed's CPU collective maps 66 MiB for each rank (read, shm.cpp), and NCCL and loader workers pass data there too.
@@ -284,7 +286,7 @@ def blame(bad: Collection[Link], links: Sequence[Link], nodes: Sequence[str]) ->
 def late(stages: Mapping[int, Stage], num_ranks: int) -> str:
     """Who holds up the others, in a clause. `stages`: of the ranks that have come."""
     if missing := [rank for rank in range(num_ranks) if rank not in stages]:
-        return f"{_ranks(missing)} {'has' if len(missing) == 1 else 'have'} not come"
+        return f"{listed(missing)} {'has' if len(missing) == 1 else 'have'} not come"
     nodes = [stages[rank].node for rank in range(num_ranks)]
     first = min(stage.number for stage in stages.values())
     behind = {rank: stage for rank, stage in sorted(stages.items()) if stage.number == first}
@@ -325,21 +327,10 @@ def named(ranks: Iterable[int], nodes: Sequence[str]) -> str:
     by_node: dict[str, list[int]] = defaultdict(list)
     for rank in sorted(ranks):
         by_node[nodes[rank]].append(rank)
-    parts = [f"{_ranks(own)} on {node}" for node, own in list(by_node.items())[:_MOST_NODES]]
+    parts = [f"{listed(own)} on {node}" for node, own in list(by_node.items())[:_MOST_NODES]]
     if more := len(by_node) - len(parts):
         parts.append(f"those on {more} more node{'s' * (more > 1)}")
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f"rank{'s' * (len(ranks) > 1)} {text}"
 
 
 def _rate(num_bytes: int, link: Link) -> str:

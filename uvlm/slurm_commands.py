@@ -191,7 +191,9 @@ def check_known(numbers: Sequence[str]) -> None:
             raise ValueError(f"--after {number!r} is no number of a job; give one, and --after again for another")
         try:
             _run(["scontrol", "show", "job", number])
-        except ValueError:
+        except ValueError as error:
+            if "invalid job id" not in str(error).lower():
+                raise
             raise ValueError(
                 f"--after {number}: Slurm knows no such job; give the number that `uvlm submit` printed, or leave "
                 "--after out where it has ended well (Slurm forgets jobs after some minutes)"

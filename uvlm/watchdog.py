@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from uvlm.distributed import listed
 from uvlm.guard import Guard
 
 Phase = Literal["start", "data", "forward", "backward", "step", "log", "validation", "save"]
@@ -266,16 +267,9 @@ def _place(beacon: Beacon) -> str:
 
 def _named(ranks: list[int], beacons: Mapping[int, Beacon] | None = None) -> str:
     """ "ranks 0, 2-7", with hosts where beacons are given and they are few."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
     hosts = sorted({beacons[rank]["host"] for rank in ranks}) if beacons else []
     at = f" (host{'s' if len(hosts) > 1 else ''} {', '.join(hosts)})" if 0 < len(hosts) <= 4 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}{at}"
+    return listed(ranks) + at
 
 
 class _StoreGoneError(Exception):
