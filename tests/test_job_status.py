@@ -76,6 +76,23 @@ def test_the_restarts_of_all_tasks_of_an_array_are_added(tmp_path: Path, slurm: 
     assert status(home) == ["tokenize   job 42 RUNNING on n1, 1:00 left; restarts: 3"]
 
 
+def test_of_an_array_only_tasks_that_have_not_finished_are_told_with_the_reason(
+    tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    home = tmp_path / "out.jobs"
+    submitted(home, 1, "42", "tokenize")
+    (home / "logs" / "job_42_1" / "attempt_10").mkdir(parents=True)
+    (home / "logs" / "job_42_0.log").write_text("uvlm: attempt 0\nuvlm: finished\n")
+    assert status(home)[1:] == ["job logs   1 tasks finished"]
+    failed = home / "logs" / "job_42_1.log"
+    failed.write_text("uvlm: attempt 10\nnoise\nuvlm: not again\n")
+    (home / "logs" / "job_42_1" / "attempt_10" / "rank_0000_n1.log").write_text("noise\nerror: no such shard\n")
+    told = [f"job log    {failed}", *(f"{'':<10} {line}" for line in ("attempt 10", "not again"))]
+    assert status(home)[1:] == [*told, f"{'':<10} rank_0000_n1.log: error: no such shard"]
+    slurm.answer("squeue", "44|42|RUNNING|None|n1|1:00|N/A")
+    assert status(home)[1:] == told  # while it runs, logs of a thousand ranks are not searched
+
+
 def test_steps_checkpoints_events_and_the_last_words_of_the_job_are_shown(run: Path, slurm: FakeSlurm) -> None:
     slurm.answer("squeue", RUNNING)
     records = [{"step": n, "loss/mean": 2.5, "speed/tokens_per_second": 12345.6} for n in (1199, 1200)]

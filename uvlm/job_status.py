@@ -23,12 +23,7 @@ def status(home: Path) -> list[str]:
         f"{entry.kind:<10} {_state(entry, queued)}" for entry in known if entry.job in queued or entry is known[-1]
     ]
     lines += [f"{name:<10} {value}" for name, value in _training(home)]
-    number = known[-1].job
-    for log in sorted((home / "logs").glob(f"job_{number}.log")) or sorted((home / "logs").glob(f"job_{number}_*.log")):
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("uvlm: ")]
-        lines += [f"{'job log':<10} {log}", *(f"{'':<10} {line[6:]}" for line in said[-3:])]
-        lines += [f"{'':<10} {line}" for line in _errors(log)]
-    return lines
+    return lines + _told(home, known[-1].job, is_over=known[-1].job not in queued)
 
 
 def stop(home: Path, now: bool = False) -> list[str]:
@@ -77,6 +72,19 @@ def _state(entry: Submission, queued: dict[str, Job]) -> str:
         return f"job {entry.job} will never start, as a job of --after failed or was stopped; `uvlm stop` it"
     expected = f", expected to start at {job.start}" if job.start not in ("N/A", "") else ""
     return f"job {entry.job} {job.state} ({job.reason}){expected}; {limit}"
+
+
+def _told(home: Path, job: str, is_over: bool) -> list[str]:
+    """The last words of the batch script; of an array, of those tasks that have not finished."""
+    one = home / "logs" / f"job_{job}.log"
+    logs = [one] if one.is_file() else sorted((home / "logs").glob(f"job_{job}_*.log"))
+    lines: list[str] = []
+    for log in logs:
+        said = [line[6:] for line in log.read_text(errors="replace").splitlines() if line.startswith("uvlm: ")]
+        if log == one or said[-1:] != ["finished"]:
+            errors = _errors(log) if is_over else []
+            lines += [f"{'job log':<10} {log}", *(f"{'':<10} {line}" for line in [*said[-3:], *errors])]
+    return lines or [f"{'job logs':<10} {len(logs)} tasks finished"] * bool(logs)
 
 
 def _errors(log: Path) -> list[str]:
