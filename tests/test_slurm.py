@@ -184,7 +184,7 @@ def test_a_job_that_is_cancelled_does_not_come_back_though_its_time_was_nearly_o
     slurm: Lab, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = slurm.submit(config, f"run={run}", "optim.steps=100000", "--nodes=1", "--gpus-per-node=1")
+    job = slurm.submit(config, f"run={run}", "optim.steps=1000", "--nodes=1", "--gpus-per-node=1")
     eventually(trains(run, 0), "a step", run)
     slurm.command("scancel", "--batch", "--signal=USR2", job)  # as Slurm does when the time limit is near
     eventually(lambda: "the time limit is near" in said(run), "the signal", run)
