@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.fake_slurm import REQUEST, FakeSlurm
+from tests.submitting import slurm
 from uvlm.job_status import status, stop
+
+__all__ = ["slurm"]  # a fixture
 
 RUNNING = "42|42|RUNNING|None|n[1-2]|59:01|2030-01-01T00:00:00"
 PENDING = "42|42|PENDING|Priority||1:00:00|2030-01-02T03:04:05"
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", f"{fake.bin}:{os.environ['PATH']}")
-    return fake
 
 
 @pytest.fixture
