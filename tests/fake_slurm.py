@@ -10,9 +10,11 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from uvlm.job_script import Request, render
 
@@ -191,3 +193,11 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     out, error = process.communicate(timeout=DEADLINE)
     assert error == ""
     return process.returncode, out
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """A training's job; a module that uses it imports it and lists it in `__all__`."""
+    job = Job(tmp_path)
+    yield job
+    job.end()

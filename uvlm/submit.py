@@ -107,7 +107,7 @@ def submit_training(
         submitted = config.model_copy(update={"deepspeed": folder / "deepspeed.json"})
         (folder / "config.yaml").write_text(dump_config(submitted))
         run_folder.prepare(submitted, tree)
-        (config.run / "STOP").unlink(missing_ok=True)
+        _forget_stop(config.run)
 
     def arguments(folder: Path) -> list[str]:
         return ["train", str(folder / "config.yaml"), "--preflight", *["--trust"] * trust]
