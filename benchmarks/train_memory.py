@@ -140,20 +140,31 @@ def main() -> None:
 
 def measure(case: Case) -> Row:
     """Start the ranks of a case and gather what they have measured."""
-    with tempfile.TemporaryDirectory(prefix="uvlm-train-memory-") as folder:
+    reports = reports_of_ranks(__file__, case, ENVIRONMENT, TIMEOUT_SECONDS)
+    peaks = {name: max(report["peaks"][name] for report in reports) for name in reports[0]["peaks"]}
+    return Row(case, reports[0]["num_parameters"], peaks)
+
+
+def reports_of_ranks(script: str, case: Any, environment: dict[str, str], timeout: float) -> list[dict[str, Any]]:
+    """Start the ranks of a case, each as `script --rank-of=CASE --folder=FOLDER`; what they write into
+    FOLDER/rank_N.json.
+
+    Args:
+        case: a named tuple with `num_ranks`.
+        environment: variables beside those of this process.
+        timeout: seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"uvlm-{Path(script).stem}-") as folder:
         command = [sys.executable, "-m", "uvlm.torchrun", "--nnodes=1", f"--nproc-per-node={case.num_ranks}"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", __file__]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", script]
         command += [f"--rank-of={json.dumps(case._asdict())}", f"--folder={folder}"]
-        environment = {**os.environ, **ENVIRONMENT}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-        )
+        variables = {**os.environ, **environment}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
         if done.returncode:
             raise RuntimeError(f"{case} ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
         reports = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank_*.json"))]
     assert len(reports) == case.num_ranks
-    peaks = {name: max(report["peaks"][name] for report in reports) for name in reports[0]["peaks"]}
-    return Row(case, reports[0]["num_parameters"], peaks)
+    return reports
 
 
 def be_a_rank(case: Case, folder: Path) -> None:

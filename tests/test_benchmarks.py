@@ -47,6 +47,16 @@ def test_a_worker_holds_no_more_memory_after_a_hundred_thousand_documents() -> N
     assert abs(result["growth"]) <= 0.05
 
 
+@pytest.mark.slow
+def test_predicted_memory_is_what_ranks_take() -> None:
+    result = json.loads(run("memory_plan.py", timeout=900).splitlines()[-1])
+    assert len(result["cases"]) == 6
+    assert result["worst_error"] <= 0.1
+    for case in result["cases"]:
+        assert case["predicted"]["total"] == pytest.approx(case["measured"]["total"], rel=0.11), case["case"]
+        assert case["start"] < case["measured"]["total"], case["case"]
+
+
 def test_the_token_roles_benchmark_refuses_a_policy_that_it_does_not_have() -> None:
     command = [sys.executable, str(BENCHMARKS / "token_roles.py"), "--policy=himx"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY)

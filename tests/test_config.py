@@ -87,8 +87,23 @@ def test_a_folder_of_that_name_does_not_hide_a_shipped_config(tmp_path: Path, mo
     assert load_config(Path("demo")).model.family == "qwen3"
 
 
+def test_a_run_folder_is_its_config_wherever_it_lies(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = load_config(Path("demo"), [f"run={run}", "optim.steps=7"])
+    (run / "mine.json").write_text("{}")
+    config = config.model_copy(update={"deepspeed": run / "mine.json"})
+    (run / "config.yaml").write_text(dump_config(config))
+    (run / "environment.txt").touch()
+    assert load_config(run) == config
+    moved = run.rename(tmp_path / "moved")
+    again = load_config(moved, ["optim.steps=8"])
+    assert (again.run, again.deepspeed, again.optim.steps) == (moved, moved / "mine.json", 8)
+    assert load_config(moved, ["run=other"]).run == Path("other").absolute()
+
+
 def test_a_config_that_does_not_exist_names_the_shipped_ones() -> None:
-    with pytest.raises(ValueError, match="one of the shipped: demo"):
+    with pytest.raises(ValueError, match="one of the shipped: 1b, 7b, demo, small"):
         load_config(Path("dmeo"))
 
 

@@ -7,16 +7,19 @@ The `deepspeed` launcher is run for real, on this machine as one node and as two
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 from tests.corpus import write_corpus
 from tests.slurm_lab import free_ports
+from uvlm import torchrun
 from uvlm.cli import app
 from uvlm.distributed import World, device_index, export_world, world
 from uvlm.metrics import read_records
@@ -42,6 +45,30 @@ def _set(monkeypatch: pytest.MonkeyPatch, *environments: dict[str, str]) -> None
     for environment in environments:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
+
+
+def _failed(monkeypatch: pytest.MonkeyPatch, seconds_by_code: dict[int, int]) -> int:
+    """The exit code of our torchrun where ranks 0, 1 ... ended with these codes, so long after the first."""
+    failures = {}
+    for rank, (code, seconds) in enumerate(seconds_by_code.items()):
+        failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="")
+        failures[rank].timestamp = seconds
+
+    def main(arguments: object) -> None:
+        raise ChildFailedError("ranks", failures)
+
+    monkeypatch.setattr(torchrun, "main", main)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    return torchrun._quiet_main()
+
+
+def test_a_killed_rank_is_the_cause_though_one_that_misses_it_is_seen_to_end_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _failed(monkeypatch, {1: 0, -signal.SIGKILL: 2}) == 128 + signal.SIGKILL
+    assert capsys.readouterr().err.startswith("rank 1 was ended by SIGKILL")
+    assert _failed(monkeypatch, {1: 0, -signal.SIGTERM: 0}) == 1, "torchrun itself has ended the other"
+    assert _failed(monkeypatch, {1: 0, -signal.SIGKILL: 30}) == 1, "the same, of one that did not listen"
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_what_deepspeed_refuses_is_told_without_a_stack_trace(
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: 2}}))
     result = uvlm("train", str(folder / "config.yaml"), f"run={tmp_path / 'run'}", f"deepspeed={path}")
     assert result.returncode == 1
-    assert "error: DeepSpeed refuses its JSON: " in result.stderr
+    assert result.stderr.startswith("error: ")
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -17,7 +17,7 @@ from uvlm.demo.easy_vqa import pictures
 pytestmark = pytest.mark.slow
 
 # Smaller numbers for the test, and where its files are; the commands themselves stay as the README has them.
-SMALLER = {"optim.steps=100": "optim.steps=3", "runs/demo": "runs/mine"}
+SMALLER = {"optim.steps=100": "optim.steps=3", "runs/demo": "runs/mine", "--budget 10": "--budget 1"}
 NOT_HERE = {
     "make": "run by CI itself",
     "pip": "needs a GPU machine",

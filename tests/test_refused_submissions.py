@@ -217,7 +217,7 @@ def test_data_that_cannot_be_read_is_refused_unless_a_job_before_makes_it(
     submit: Callable[..., Submitted], run: Path, slurm: FakeSlurm
 ) -> None:
     missing = "data.train=[{path: /nowhere/shards}]"
-    with pytest.raises(OSError, match=r"/nowhere/shards has no manifest\.json"):
+    with pytest.raises(ValueError, match=r"/nowhere/shards has no manifest\.json"):
         submit(missing)
     assert not run.exists()
     assert slurm.calls("sbatch") == []

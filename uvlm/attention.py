@@ -17,6 +17,7 @@ Legend: Q queries of a pack, K keys, N query heads, G key/value heads (G divides
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,13 @@ def varlen_attention(
 
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return flash_attn_varlen_func(q_QNH, k_KGH, v_KGH, *lengths, causal=True)
-    return _on_cpu(q_QNH, k_KGH, v_KGH, cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+    if q_QNH.is_meta:
+        return _Shapes.apply(q_QNH, k_KGH, v_KGH)
+    return _on_cpu(q_QNH, k_KGH, v_KGH, _lengths(cu_seqlens_q), _lengths(cu_seqlens_k))
+
+
+def _lengths(cu_seqlens: torch.Tensor) -> list[int]:
+    return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
 
 
 def cached_attention(q_BNH: torch.Tensor, k_BSGH: torch.Tensor, v_BSGH: torch.Tensor) -> torch.Tensor:
@@ -101,6 +108,26 @@ def _segment(q_QNH: torch.Tensor, k_KGH: torch.Tensor, v_KGH: torch.Tensor) -> t
         is_causal=num_queries == num_keys,
         enable_gqa=True,
     )[0].transpose(0, 1)
+
+
+class _Shapes(torch.autograd.Function):
+    """On the meta device, where memory is planned: what flash-attn keeps and makes, without data.
+
+    It keeps queries, keys, values, output and the log of each softmax's denominator in fp32, and sums the gradient of
+    the queries in fp32 (flash_attn_varlen_func 2.8, its forward and backward).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_QNH: torch.Tensor, k_KGH: torch.Tensor, v_KGH: torch.Tensor) -> torch.Tensor:
+        mixed_QNH = torch.empty_like(q_QNH)
+        ctx.save_for_backward(q_QNH, k_KGH, v_KGH, mixed_QNH, q_QNH.new_empty(q_QNH.shape[:2], dtype=torch.float32))
+        return mixed_QNH
+
+    @staticmethod
+    def backward(ctx: Any, gradient_QNH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q_QNH, k_KGH, v_KGH, *_ = ctx.saved_tensors
+        _sum_QNH = torch.empty_like(q_QNH, dtype=torch.float32)
+        return torch.empty_like(q_QNH), torch.empty_like(k_KGH), torch.empty_like(v_KGH)
 
 
 class _BlockProducts(torch.autograd.Function):

@@ -56,7 +56,7 @@ class ModelConfig(Strict):
     head_dim: int = Field(gt=0, multiple_of=2, description="even, as its halves are rotated against each other")
     tie_embeddings: bool = True
     rope_theta: float = Field(
-        default=10_000.0, description="of a fresh model; a pretrained one brings its own rotation"
+        default=10_000.0, gt=0, description="of a fresh model; a pretrained one brings its own rotation"
     )
     max_position: int = Field(default=4096, description="longest document the exported model claims to handle")
 

@@ -12,12 +12,14 @@ from typing import Annotated
 
 import typer
 
+from uvlm.cli_plan import app as planning
 from uvlm.cli_slurm import app as slurm
 from uvlm.distributed import check_local_rank, leave, prepare_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Bring a corpus into shards and give its images codes.")
 tokenizer = typer.Typer(no_args_is_help=True, help="Make the tokenizers of a run.")
+app.add_typer(planning)
 app.add_typer(slurm)
 app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
@@ -51,7 +53,7 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")],
+    config: Annotated[Path, typer.Argument(help="YAML, a shipped name, or a run folder")],
     overrides: Overrides = None,
     trust: Trust = False,
     preflight: Annotated[
@@ -71,7 +73,7 @@ def train(
 
 @app.command()
 def launch(
-    config: Annotated[Path, typer.Argument(help="YAML, or a shipped name")],
+    config: Annotated[Path, typer.Argument(help="YAML, a shipped name, or a run folder")],
     nproc: Annotated[int, typer.Option("--nproc", min=1, help="processes on this machine")],
     overrides: Overrides = None,
     trust: Trust = False,
@@ -130,8 +132,9 @@ def generate(
     from PIL import Image
 
     from uvlm.generate import Generator
+    from uvlm.pictures import check_png
 
-    _check_png(out)
+    check_png(out)
     pixels = Generator.load(run).images([text], [seed], temperature, top_k, guidance)[0]
     Image.fromarray(pixels).save(out, format="PNG")
     print(out)
@@ -286,8 +289,9 @@ def show(
     """Draw a document as the model sees it: text, images beside their decoded codes, what carries loss."""
     from data_pipeline.show import parse_document
     from data_pipeline.show import show as draw
+    from uvlm.pictures import check_png
 
-    _check_png(out)
+    check_png(out)
     draw(shards, parse_document(doc), out, tokenizer=tokenizer, pack_tokens=pack_tokens, font=font)
     print(out)
 
@@ -306,11 +310,6 @@ def tokenizer_train(
     with bars() as update:
         train_tokenizers(shards, out, image=ImageTraining(steps=steps), progress=update)
     print(f"tokenizers: {out}")
-
-
-def _check_png(out: Path) -> None:
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {out}; give a file name that ends in .png, in a folder that exists")
 
 
 def _print_rejected(rejected: dict[str, int], out: Path) -> None:

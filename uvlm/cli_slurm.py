@@ -70,6 +70,9 @@ def submit(
     trust: Annotated[
         bool, typer.Option("--trust", help="open a checkpoint from elsewhere, which can run code of its writer")
     ] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="first let some ranks take two steps here, each alone: a minute")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Check a training, put it into Slurm's queue, and have it come back by itself until it is done."""
@@ -90,8 +93,9 @@ def submit(
         apptainer=apptainer,
         pyxis=pyxis,
     )
+    words = overrides or []
     done = submit_training(
-        config, overrides or [], request, env_file, step_seconds=step_seconds, trust=trust, dry_run=dry_run
+        config, words, request, env_file, step_seconds=step_seconds, trust=trust, rehearse=rehearse, dry_run=dry_run
     )
     _show(done, request)
     if not dry_run:

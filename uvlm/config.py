@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 from data_pipeline.schema import TASKS
 from data_pipeline.sources import OverLong, Source
 from uvlm.backbone import ModelConfig
+from uvlm.folders import is_run_folder
 from uvlm.life import LifeConfig
 from uvlm.model import Recompute
 from uvlm.optim import OptimConfig
@@ -137,27 +138,44 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and check a config.
 
     Args:
-        path: a YAML file, or the name of a shipped one such as `demo`.
+        path: a YAML file, a run folder (which may have moved), or the name of a shipped YAML such as `demo`.
         overrides: `dotted.key=value`, the value in YAML; they win over the file.
 
     Raises:
         ValueError: one sentence per mistake, each naming the key and a remedy.
     """
+    folder = path.absolute() if is_run_folder(path) else None
+    if folder:
+        path = folder / "config.yaml"
     shipped = SHIPPED / f"{path}.yaml"
     if not path.is_file() and shipped.is_file():
         path = shipped
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-        raise ValueError(f"there is no config {path}; give the path of a YAML file or one of the shipped: {names}")
+        raise ValueError(
+            f"there is no config {path}; give the path of a YAML file or a run folder, or one of the shipped: {names}"
+        )
     try:
         tree = yaml.safe_load(path.read_text()) or {}
+    except RecursionError:
+        raise ValueError(f"{path} is no config: it is nested too deeply; see uvlm/configs/demo.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no mapping of keys to values; see uvlm/configs/demo.yaml")
+    if folder:
+        _move(tree, folder)
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree)
+
+
+def _move(tree: dict[str, Any], folder: Path) -> None:
+    """Where a run folder lies now is its `run`, and where its DeepSpeed JSON lies."""
+    before, json_path = Path(str(tree.get("run"))), Path(str(tree.get("deepspeed")))
+    tree["run"] = str(folder)
+    if json_path.is_relative_to(before):
+        tree["deepspeed"] = str(folder / json_path.relative_to(before))
 
 
 def parse_config(tree: dict[str, Any]) -> Config:

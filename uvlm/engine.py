@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed.
+"""The door to DeepSpeed for all that trains.
 
 `start` joins the process group, `partitioned` and `gathered` are for building a model, and `Engine` is the handful of
 calls the trainer makes.
@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,14 @@ _FROZEN = "frozen.pt"  # beside a universal checkpoint
 START_TIMEOUT = timedelta(minutes=30)
 
 
-def start() -> torch.device:
-    """Join the process group through DeepSpeed and return this rank's device."""
+def start(alone: Callable[[], None] | None = None) -> torch.device:
+    """Join the process group through DeepSpeed and return this rank's device.
+
+    Args:
+        alone: of a rehearsal, whose group is there and moves nothing: called before DeepSpeed joins.
+    """
     export_world()
-    if sentence := compiler_missing():
+    if not alone and (sentence := compiler_missing()):
         raise ValueError(sentence)
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
@@ -66,7 +70,9 @@ def start() -> torch.device:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        if not cuda:
+        if alone:
+            alone()
+        elif not cuda:
             _compile_shared_memory_op()
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=START_TIMEOUT, verbose=False)
     return device
@@ -125,12 +131,12 @@ def gathered(parameters: Sequence[torch.nn.Parameter]) -> Iterator[bool]:
     """These weights are whole on every rank; what rank 0, for which the value is true, writes into them stays.
 
     Before an Engine exists for it, a model that is not partitioned is only written on rank 0: DeepSpeed sends it from
-    there to the others. All ranks call it.
+    there to the others. All ranks call it. In a rehearsal nothing is sent, and each rank writes for itself.
     """
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
-        yield dist.get_rank() == 0
+        yield dist.get_rank() == 0 or dist.get_backend() == "fake"
 
 
 class Engine:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 # Logits that exist at a time: 64 MB in fp32 on a CPU, 512 MB on a GPU, where a chunk must be large for the weight's
-# gradient (read and written once a chunk) not to cost more than the products.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+# gradient (read and written once a chunk) not to cost more than the products. The meta device plans for a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27, "meta": 2**27}
 
 
 class Head(nn.Linear):

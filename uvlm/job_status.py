@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from uvlm import slurm_commands
+from uvlm.folders import is_run_folder
 from uvlm.slurm_commands import Job
-from uvlm.submit import Submission, is_run_folder, submissions
+from uvlm.submit import Submission, submissions
 
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
 

@@ -9,7 +9,7 @@ would decay from then on (run, stage 3).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
@@ -17,6 +17,9 @@ from torch import nn
 from uvlm.strict import Strict
 
 _RATE_FACTOR = "rate_factor"
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Strict):
@@ -46,7 +49,7 @@ class OptimConfig(Strict):
     projection_rate: float = Field(
         default=1.0, gt=0, description="learning rate of the projections that images have for themselves, as a factor"
     )
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0, description="for matrices; norms and embeddings have none")
     gradient_clipping: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0 turns it off")

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+
+def check_png(out: Path) -> None:
+    """ValueError where a picture cannot be written there."""
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {out}; give a file name that ends in .png, in a folder that exists")
 
 
 def picture_grid(images: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 8) -> np.ndarray:

@@ -225,7 +225,7 @@ def _run(command: list[str], stdin: str | None = None) -> str:
     """
     foreign = (
         r"(SBATCH|SINFO|SQUEUE|SCANCEL)_.*|SLURM_(?!CONF$).*|RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|"
-        r"CUDA_VISIBLE_DEVICES|TORCH_EXTENSIONS_DIR|TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR"
+        r"CUDA_VISIBLE_DEVICES|DS_ACCELERATOR|TORCH_EXTENSIONS_DIR|TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR"
     )
     environment = {name: value for name, value in os.environ.items() if not re.fullmatch(foreign, name)}
     try:

@@ -23,13 +23,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import data_pipeline
 import uvlm
 from data_pipeline.files import replace_file
 from uvlm import job_script, slurm_commands
+from uvlm.folders import is_run_folder
 from uvlm.job_script import Request
+
+if TYPE_CHECKING:
+    from uvlm.config import Config
 
 
 class Submitted(NamedTuple):
@@ -68,6 +72,7 @@ def submit_training(
     *,
     step_seconds: float | None = None,
     trust: bool = False,
+    rehearse: bool = False,
     dry_run: bool = False,
 ) -> Submitted:
     """Check a training for this many processes and put it into the queue.
@@ -76,6 +81,7 @@ def submit_training(
         config_path: YAML, a shipped name, or the folder of a run that is to go on.
         step_seconds: what a step is expected to take; else as measured in this run folder before, else not known.
         trust: as of `uvlm train`.
+        rehearse: first let some of the ranks take two steps here, each alone (rehearse.py).
         dry_run: make nothing; only the script is of use.
 
     Raises:
@@ -84,22 +90,25 @@ def submit_training(
     from uvlm import run_folder
     from uvlm.attention import missing_backend
     from uvlm.check import check
-    from uvlm.config import dump_config, load_config
+    from uvlm.config import dump_config
     from uvlm.deepspeed_config import read_deepspeed_json
 
+    if rehearse and request.after:
+        raise ValueError("--rehearse reads the data, which may not be there before --after's jobs end; leave out one")
     _check_cluster(request)
-    is_run = is_run_folder(config_path)
-    if config_path.is_dir() and not is_run:
-        raise ValueError(f"{config_path} is no run folder; give the path of a YAML, or the folder of a run")
-    config = load_config(config_path / "config.yaml" if is_run else config_path, overrides)
-    if is_run and (moved_from := config.run) != config_path.absolute():
-        config = config.model_copy(update={"run": config_path.absolute()})
-        if config.deepspeed.is_relative_to(moved_from):
-            config = config.model_copy(update={"deepspeed": config.run / config.deepspeed.relative_to(moved_from)})
+    config = _config_of(config_path, overrides)
     on_gpus = request.gpus_per_node > 0
-    tree = check(config, request.world_size, data_is_there=not request.after, on_gpus=on_gpus)
+    tree = check(
+        config,
+        request.world_size,
+        data_is_there=not request.after,
+        on_gpus=on_gpus,
+        ranks_per_node=request.tasks_per_node,
+    )
     _check_time(request, config.checkpoint.every, step_seconds or measured_step_seconds(config.run))
     _check_not_queued(config.run, request.after)
+    if rehearse:
+        _rehearse(config, request)
     user_json = json.dumps(read_deepspeed_json(config.deepspeed), indent=2) + "\n"
 
     def fill(folder: Path) -> None:
@@ -188,9 +197,13 @@ def measured_step_seconds(run: Path) -> float | None:
     return median(sum(values) for values in phases if values) if any(phases) else None
 
 
-def is_run_folder(home: Path) -> bool:
-    """Whether it is what `uvlm train` or `uvlm submit` makes, not just a folder with a config.yaml."""
-    return (home / "config.yaml").is_file() and (home / "environment.txt").is_file()
+def _config_of(path: Path, overrides: Sequence[str]) -> Config:
+    """Of a YAML, a shipped name, or a run folder, which may have moved."""
+    from uvlm.config import load_config
+
+    if path.is_dir() and not is_run_folder(path):
+        raise ValueError(f"{path} is no run folder; give the path of a YAML, or the folder of a run")
+    return load_config(path, overrides)
 
 
 def _check_cluster(request: Request) -> None:
@@ -216,6 +229,19 @@ def _check_time(request: Request, every: int, step_seconds: float | None) -> Non
             f"checkpoint.every={every} steps of {step_seconds:.3g} s take {every * step_seconds:,.0f} s: raise "
             f"--time or set checkpoint.every={max(1, int(usable / 2 / step_seconds))}"
         )
+
+
+def _rehearse(config: Config, request: Request) -> None:
+    """ValueError where ranks of this job fail, or would not do the same; else a sentence is printed."""
+    from uvlm.progress import bars
+    from uvlm.rehearse import rehearse
+
+    with bars() as update:
+        report = rehearse(config, request.world_size, gpus_per_node=request.tasks_per_node, progress=update)
+    if report.problems:
+        problems = "\n".join(report.problems)
+        raise ValueError(f"the rehearsal failed, and nothing was submitted: {problems}")
+    print(f"rehearsal: {report.verdict}", file=sys.stderr)
 
 
 def _check_not_queued(home: Path, after: Sequence[str]) -> None:
